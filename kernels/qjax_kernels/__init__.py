@@ -1,0 +1,1 @@
+"""Low-bit kernels in Pallas; imports jax only."""

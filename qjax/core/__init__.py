@@ -1,0 +1,1 @@
+"""Arrays only: number formats, packing, rounding and scales."""

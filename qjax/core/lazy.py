@@ -1,0 +1,35 @@
+"""A parameter that is still on disk."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyLeaf:
+    """Stands for a leaf; transposition, stacking and casting are done on read.
+
+    Not a registered pytree: JAX sees one leaf.
+
+    Attributes:
+      shape: of the array that `read` returns.
+      dtype: of that array.
+      read: reads it, anew on every call; the caller drops it when done.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[], jax.Array] = dataclasses.field(repr=False)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)

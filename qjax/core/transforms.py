@@ -1,0 +1,126 @@
+"""Linear maps around a quantized weight: `W = T_in Q T_out`.
+
+A transform stands for a square matrix `T`, stored as it is applied to activations:
+`t(x)` is `x @ T` for `x[..., M, K]`, and `t.left(w)` is `T @ w` for `w[..., K, N]`.
+Leading axes of the children (layers, experts) line up with those of the operand.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Transform = Callable[[Any], Any]
+
+
+def walsh_hadamard(x: Any) -> Any:
+    """Orthonormal Walsh-Hadamard transform of the last axis, in Sylvester's order.
+
+    Raises:
+        ValueError: the last axis is not a power of two.
+    """
+    size = x.shape[-1]
+    if size & (size - 1):
+        raise ValueError(f"a Hadamard transform needs a power of two, got {size}")
+    y, half = x, 1
+    while half < size:
+        pairs = y.reshape(*x.shape[:-1], size // (2 * half), 2, half)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        y = jnp.stack((a + b, a - b), axis=-2).reshape(x.shape)
+        half *= 2
+    return y * jnp.asarray(size**-0.5, x.dtype)
+
+
+def _swap(x: Any) -> Any:
+    return jnp.swapaxes(x, -1, -2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Diagonal:
+    """`T = diag(scale)`, `scale[..., K]`: SmoothQuant, AWQ, SINQ."""
+
+    scale: Any
+
+    def __call__(self, x: Any) -> Any:
+        """`x @ T`."""
+        return x * self.scale.astype(x.dtype)[..., None, :]
+
+    def left(self, w: Any) -> Any:
+        """`T @ w`."""
+        return w * self.scale.astype(w.dtype)[..., :, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Permutation:
+    """`(x @ T)[j] = x[index[j]]`, `index[..., K]`: act-order, RPTQ."""
+
+    index: Any
+
+    def __call__(self, x: Any) -> Any:
+        """`x @ T`."""
+        return jnp.take_along_axis(x, self.index[..., None, :], axis=-1)
+
+    def left(self, w: Any) -> Any:
+        """`T @ w`."""
+        inverse = jnp.argsort(self.index, axis=-1)
+        return jnp.take_along_axis(w, inverse[..., :, None], axis=-2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Hadamard:
+    """`T = diag(signs) H / sqrt(K)`, `signs[..., K]` of +-1: QuIP#, QuaRot."""
+
+    signs: Any
+
+    def __call__(self, x: Any) -> Any:
+        """`x @ T`."""
+        return walsh_hadamard(x * self.signs.astype(x.dtype)[..., None, :])
+
+    def left(self, w: Any) -> Any:
+        """`T @ w`."""
+        rotated = _swap(walsh_hadamard(_swap(w)))
+        return rotated * self.signs.astype(w.dtype)[..., :, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kronecker:
+    """`T = a (x) b`, `a[..., p, p]`, `b[..., q, q]`, `K = p q`: QuIP, FlatQuant."""
+
+    a: Any
+    b: Any
+
+    def __call__(self, x: Any) -> Any:
+        """`x @ T`."""
+        p, q = self.a.shape[-1], self.b.shape[-1]
+        grid = x.reshape(*x.shape[:-1], p, q)
+        a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
+        return jnp.einsum("...mpq,...pr,...qs->...mrs", grid, a, b).reshape(x.shape)
+
+    def left(self, w: Any) -> Any:
+        """`T @ w`."""
+        return _swap(Kronecker(_swap(self.a), _swap(self.b))(_swap(w)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dense:
+    """`T = matrix[..., K, K]`: learned rotations."""
+
+    matrix: Any
+
+    def __call__(self, x: Any) -> Any:
+        """`x @ T`."""
+        return x @ self.matrix.astype(x.dtype)
+
+    def left(self, w: Any) -> Any:
+        """`T @ w`."""
+        return self.matrix.astype(w.dtype) @ w
+
+
+TRANSFORMS = (Diagonal, Permutation, Hadamard, Kronecker, Dense)

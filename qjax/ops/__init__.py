@@ -1,0 +1,8 @@
+"""Where a QTensor meets an activation."""
+
+from qjax.ops.conv import conv
+from qjax.ops.embed import embed
+from qjax.ops.matmul import how, matmul
+from qjax.ops.ragged import ragged_matmul
+
+__all__ = ["conv", "embed", "how", "matmul", "ragged_matmul"]

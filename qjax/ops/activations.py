@@ -1,0 +1,82 @@
+"""Coding of an activation at its site."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax.core.formats import Float, Format, Int
+from qjax.core.qtensor import SiteActs
+from qjax.core.scales import Grid
+
+
+@dataclass(frozen=True)
+class CodedInput:
+    """An activation `x[..., M, K]` coded as `x.T`: unpacked `codes[..., K, M]`."""
+
+    codes: Any
+    grid: Grid
+    format: Format
+
+    def decode(self, dtype: Any) -> Any:
+        """The activation that the codes stand for, `[..., M, K]`."""
+        values = self.format.from_codes(self.codes, self.grid)
+        return jnp.swapaxes(values, -1, -2).astype(dtype)
+
+
+def code_input(x: Any, acts: SiteActs) -> CodedInput:
+    """Code `x[..., M, K]` with the site's activation format.
+
+    Raises:
+        ValueError: the site has no activation format, or a static one has no scale.
+    """
+    activation = acts.activation
+    if activation is None:
+        raise ValueError("the site has no activation format")
+    transposed = jnp.swapaxes(x, -1, -2)
+    if activation.dynamic:
+        grid = activation.format.fit(transposed)
+    elif acts.scale is None:
+        raise ValueError(
+            f"activation format {activation.format.name} is static but has no scale; "
+            "calibrate the site or use dynamic=True"
+        )
+    else:
+        grid = Grid(acts.scale, acts.zero)
+    codes = activation.format.to_codes(transposed, grid)
+    return CodedInput(codes, grid, activation.format)
+
+
+def integers(codes: Any, grid: Grid, format: Int) -> tuple[Any, Any]:
+    """Unsigned codes as int8 operands and the zero point to subtract from them.
+
+    8-bit codes are shifted by 128 to fit; a symmetric grid of fewer bits is shifted to
+    its own zero, so that no correction is needed.
+    """
+    shift = format.half if format.bits == 8 or format.symmetric else 0
+    shifted = codes.astype(jnp.int16) - jnp.int16(shift)
+    if format.symmetric:
+        return shifted.astype(jnp.int8), None
+    dtype = jnp.float32 if format.zero == "float" else jnp.int32
+    return shifted.astype(jnp.int8), grid.zero.astype(dtype) - dtype(shift)
+
+
+def contraction(weight: Format, activation: Format | None) -> str:
+    """How a coded weight and a coded activation are contracted.
+
+    "int" and "float8" contract the codes themselves; "values" contracts what the codes
+    stand for, in the activation's dtype.
+    """
+    if activation is None:
+        return "values"
+    if isinstance(weight, Int) and isinstance(activation, Int):
+        return "int" if _share_groups(weight, activation) else "values"
+    if isinstance(weight, Float) and isinstance(activation, Float):
+        return "float8" if _share_groups(weight, activation) else "values"
+    return "values"
+
+
+def _share_groups(weight: Format, activation: Format) -> bool:
+    """Whether one of the two spans K, or both cut it in the same groups."""
+    w, x = weight.granularity, activation.granularity
+    return w.rows is None or x.rows is None or w.rows == x.rows

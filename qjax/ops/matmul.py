@@ -1,0 +1,216 @@
+"""`x @ W` for a QTensor: the XLA form, and the choice of an implementation."""
+
+from functools import partial, reduce
+from operator import add
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.core.coded import Coded
+from qjax.core.formats import Float, Int
+from qjax.core.qtensor import QTensor, factor
+from qjax.ops.activations import CodedInput, code_input, contraction, integers
+
+IMPLEMENTATIONS = ("auto", "xla")
+
+
+def matmul(
+    x: Any,
+    q: QTensor,
+    *,
+    site: int = 0,
+    dtype: Any = None,
+    precision: Any = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """`y = ((x T_in) @ (sum Q_i + L R + S)) T_out + b`.
+
+    Args:
+      x: `[*batch, M, K]`; the batch axes are those of `q.lead`.
+      q: weight with `(K, N)`.
+      site: position among the leaf's sites, for its activation record.
+      dtype: of the result; default that of `x`.
+      precision: of the float contractions, as in `lax.dot_general`.
+      implementation: "auto" or "xla" (one form so far).
+
+    Returns:
+      `[*batch, M, N]`.
+
+    Raises:
+      ValueError: unknown implementation, or a static activation without a scale.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}"
+        )
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    return _qmatmul(x, q, site, dtype, precision)
+
+
+def how(q: QTensor, site: int = 0) -> str:
+    """In words, how the site contracts: `int4 g128 x int8 channel in int32`."""
+    activation = q.site(site).activation
+    names = " + ".join(part.format.name for part in q.parts) or "low rank"
+    if activation is None:
+        return f"{names}, float activations"
+    ways = {contraction(part.format, activation.format) for part in q.parts}
+    accumulator = {"int": "in int32", "float8": "in float8", "values": "as floats"}
+    kind = "dynamic" if activation.dynamic else "static"
+    into = ", ".join(sorted(accumulator[w] for w in ways))
+    return f"{names} x {activation.format.name} {kind} {into}"
+
+
+def _matmul(x: Any, q: QTensor, site: int, dtype: Any, precision: Any) -> Any:
+    acts = q.site(site)
+    x = x if acts.t_in is None else acts.t_in(x)
+    coded = None if acts.activation is None else code_input(x, acts)
+    x = x if coded is None else coded.decode(x.dtype)
+    dot = partial(jnp.matmul, precision=precision, preferred_element_type=dtype)
+    terms = [_part(x, coded, part, dtype, dot) for part in q.parts]
+    if q.left is not None:
+        inner = jnp.matmul(x, factor(q.left, x.dtype), precision=precision)
+        terms.append(dot(inner, factor(q.right, x.dtype)))
+    if q.sparse is not None:
+        terms.append(dot(x, q.sparse.dense((q.layout.K, q.layout.N), x.dtype)))
+    y = reduce(add, terms)
+    y = y if acts.t_out is None else acts.t_out(y)
+    return y if q.bias is None else y + q.bias.astype(y.dtype)[..., None, :]
+
+
+_matmul.__name__ = "qmatmul"
+_qmatmul = jax.jit(_matmul, static_argnums=(2, 3, 4))
+
+
+def _part(x: Any, coded: CodedInput | None, part: Coded, dtype: Any, dot: Any) -> Any:
+    way = contraction(part.format, coded.format if coded else None)
+    if coded is None or way == "values":
+        return dot(x, part.decode(x.dtype))
+    y = _int_dot(coded, part) if way == "int" else _float8_dot(coded, part)
+    return y.astype(dtype)
+
+
+def _groups(coded: CodedInput, part: Coded) -> int:
+    """Length of the pieces of K with one scale on both sides."""
+    sizes = (part.format.granularity.rows, coded.format.granularity.rows)
+    return min(size or part.shape[0] for size in sizes)
+
+
+def _cut(codes: Any, group: int) -> Any:
+    """`[..., K, X]` as `[..., G, group, X]`, the last group filled with zeros."""
+    K, X = codes.shape[-2:]
+    count = -(-K // group)
+    short = count * group - K
+    if short:
+        widths = [(0, 0)] * (codes.ndim - 2) + [(0, short), (0, 0)]
+        codes = jnp.pad(codes, widths, constant_values=jnp.zeros((), codes.dtype))
+    return codes.reshape(*codes.shape[:-2], count, group, X)
+
+
+def _per_group(values: Any, format: Any, count: int, width: int) -> Any:
+    """Scales or zeros as `[..., G, X]`, one row for every group of the contraction."""
+    cols = format.granularity.cols
+    if cols not in (1, None):
+        values = jnp.repeat(values, cols, axis=-1)[..., :width]
+    return jnp.broadcast_to(values, (*values.shape[:-2], count, width))
+
+
+def _accumulate(pieces: tuple[Any, ...], one: Any) -> Any:
+    """Sum `one(...)` over the group axis of every array, one group at a time."""
+    count = pieces[0].shape[0]
+    first = one(*(p[0] for p in pieces))
+    if count == 1:
+        return first
+
+    def step(total: Any, group: tuple[Any, ...]) -> tuple[Any, None]:
+        return total + one(*group), None
+
+    return jax.lax.scan(step, first, tuple(p[1:] for p in pieces))[0]
+
+
+def _int_dot(coded: CodedInput, part: Coded) -> Any:
+    """int8 by int8 into int32 for each group; scales and zeros on the accumulator.
+
+    `sum (u - z)(v - t) = sum u v - t sum u - z sum v + n z t`.
+    """
+    assert isinstance(part.format, Int) and isinstance(coded.format, Int)
+    x, x_zero = integers(coded.codes, coded.grid, coded.format)
+    grid = part.grid()
+    w, w_zero = integers(part.unpack(), grid, part.format)
+    group = _groups(coded, part)
+    K, (M, N) = part.shape[0], (x.shape[-1], w.shape[-1])
+    xs, ws = (jnp.moveaxis(_cut(c, group), -3, 0) for c in (x, w))
+    count = xs.shape[0]
+    lengths = jnp.minimum(group, K - group * jnp.arange(count)).astype(jnp.int32)
+
+    def by_group(values: Any, format: Int, width: int) -> Any:
+        return jnp.moveaxis(_per_group(values, format, count, width), -2, 0)
+
+    extra = {
+        "sx": by_group(coded.grid.scale.astype(jnp.float32), coded.format, M),
+        "sw": by_group(grid.scale.astype(jnp.float32), part.format, N),
+        "n": lengths,
+    }
+    if x_zero is not None:
+        extra["zx"] = by_group(x_zero, coded.format, M)
+    if w_zero is not None:
+        extra["zw"] = by_group(w_zero, part.format, N)
+    names = tuple(extra)
+
+    def one(x: Any, w: Any, *rest: Any) -> Any:
+        given = dict(zip(names, rest))
+        total = _int8_product(x, w)
+        zx, zw = given.get("zx"), given.get("zw")
+        if zw is not None and zw.dtype == jnp.float32:
+            total = total.astype(jnp.float32)
+            zx = None if zx is None else zx.astype(jnp.float32)
+        kind = total.dtype
+        if zw is not None:
+            sums = jnp.sum(x, axis=-2, dtype=jnp.int32).astype(kind)
+            total = total - sums[..., :, None] * zw[..., None, :]
+        if zx is not None:
+            sums = jnp.sum(w, axis=-2, dtype=jnp.int32).astype(kind)
+            total = total - zx[..., :, None] * sums[..., None, :]
+        if zx is not None and zw is not None:
+            total = total + given["n"].astype(kind) * (
+                zx[..., :, None] * zw[..., None, :]
+            )
+        scale = given["sx"][..., :, None] * given["sw"][..., None, :]
+        return total.astype(jnp.float32) * scale
+
+    return _accumulate((xs, ws, *extra.values()), one)
+
+
+def _int8_product(x: Any, w: Any) -> Any:
+    """`x[..., K, M]`, `w[..., K, N]` in int8 to `[..., M, N]` in int32."""
+    batch = tuple(range(x.ndim - 2))
+    axes = (((x.ndim - 2,), (w.ndim - 2,)), (batch, batch))
+    return jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.int32)
+
+
+def _float8_dot(coded: CodedInput, part: Coded) -> Any:
+    """float8 by float8 into float32, scales on the accumulator of each group."""
+    assert isinstance(part.format, Float) and isinstance(coded.format, Float)
+    group = _groups(coded, part)
+    x, w = coded.codes, part.unpack()
+    M, N = x.shape[-1], w.shape[-1]
+    xs, ws = (jnp.moveaxis(_cut(c, group), -3, 0) for c in (x, w))
+    scales = (
+        jnp.moveaxis(
+            _per_group(grid.scale.astype(jnp.float32), format, xs.shape[0], width),
+            -2,
+            0,
+        )
+        for grid, format, width in (
+            (coded.grid, coded.format, M),
+            (part.grid(), part.format, N),
+        )
+    )
+
+    def one(x: Any, w: Any, sx: Any, sw: Any) -> Any:
+        batch = tuple(range(x.ndim - 2))
+        axes = (((x.ndim - 2,), (w.ndim - 2,)), (batch, batch))
+        y = jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.float32)
+        return y * (sx[..., :, None] * sw[..., None, :])
+
+    return _accumulate((xs, ws, *scales), one)

@@ -1,0 +1,175 @@
+"""`apply`: a function, unchanged, on quantized parameters."""
+
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+
+from qjax import ops
+from qjax.core.qtensor import QTensor, Stacked, is_quantized
+from qjax.ops.conv import conv_contraction
+from qjax.trace.contractions import Call
+from qjax.trace.control import QuantizationWarning, interpreter
+from qjax.trace.program import Program, trace
+from qjax.trace.views import Tracked, atom_roles
+
+
+def apply(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` on parameters of which some are quantized.
+
+    `apply(f)(qparams, *inputs)` traces `f` on shapes, replaces every contraction of a
+    quantized leaf by the low-bit operation, and evaluates the rest as it stands. It is
+    an ordinary JAX function: jit, grad, vmap and shard it; nothing is kept between
+    calls. With float parameters it is `f` itself. A leaf that meets an operation with
+    no low-bit rule is dequantized there, with a `QuantizationWarning` that names it
+    (`qjax.sites(f, qparams, *inputs)` lists how every site runs).
+
+    Args:
+      f: `f(params, *inputs)`.
+
+    Returns:
+      A function of the same arguments.
+
+    Raises:
+      TypeError: a leaf is still on disk (`LazyLeaf`).
+    """
+
+    @wraps(f)
+    def applied(params: Any, *inputs: Any, **options: Any) -> Any:
+        leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+        if not any(is_quantized(x) for x in leaves):
+            return f(params, *inputs, **options)
+        program = trace(f, params, inputs, options)
+        program.require_loaded()
+        body = interpreter(low_bit)
+        operands = program.operands(track=is_quantized)
+        outputs = body.run(program.jaxpr, program.consts, operands)
+        _warn(program, body.events)
+        flat = body.as_floats("return", outputs, "returned by the function")
+        return jax.tree.unflatten(program.out_tree, flat)
+
+    return applied
+
+
+def _warn(program: Program, events: list[Any]) -> None:
+    found = dict.fromkeys(
+        f"{program.paths[e.leaf]} is {e.runs}"
+        for e in events
+        if e.leaf is not None and e.runs.startswith("dequantized")
+    )
+    for message in found:
+        warnings.warn(message, QuantizationWarning, stacklevel=3)
+
+
+def low_bit(
+    eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int
+) -> tuple[Any, str]:
+    """The rule of `apply`: a quantized leaf meets its activation in low bits."""
+    q = weight.value
+    if not weight.quantized:
+        return None, "float"
+    reason = refusal(q, weight, call)
+    if reason:
+        return None, f"dequantized: {reason}"
+    run = {
+        "dot": _dot,
+        "conv": _conv,
+        "ragged_dot": _ragged,
+        "embedding": _embedding,
+    }[call.kind]
+    return run(eqn, call, weight, operands, site), f"low-bit: {_how(call, q, site)}"
+
+
+def _how(call: Call, q: QTensor, site: int) -> str:
+    if call.kind == "embedding":
+        return f"{q.parts[0].format.name} rows, decoded after the lookup"
+    if call.kind == "conv":
+        ways = {
+            "int": "int8 convolved into int32",
+            "scaled": "codes convolved, scale on the result",
+            "values": "kernel decoded in the operation",
+        }
+        return f"{q.parts[0].format.name}, {ways[conv_contraction(q, site)]}"
+    return ops.how(q, site)
+
+
+def refusal(q: QTensor | Stacked, weight: Tracked, call: Call) -> str:
+    """Why a leaf cannot be contracted as it is coded; empty if it can."""
+    if isinstance(q, Stacked):
+        return "layers of several formats are used at once"
+    coded, used = atom_roles(q, weight.view), call.roles
+    pairs = zip(coded, used, weight.view.atoms)
+    if any(a != b for a, b, size in pairs if size != 1):
+        return f"coded with axes {coded!r}, used with axes {used!r}"
+    if call.kind != "dot" and not q.plain:
+        return f"low rank, outliers, bias or transforms in a {call.kind} site"
+    if call.kind == "embedding" and q.lead:
+        return "an embedding with leading axes"
+    whole = len(set(weight.view.owner)) == len(weight.view.owner)
+    if "b" in used and not whole:
+        return "batched axes were reshaped"
+    return ""
+
+
+def _dot(eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int) -> Any:
+    out = eqn.outvars[0].aval
+    y = ops.matmul(
+        call.matrix(operands[call.operand]),
+        weight.value,
+        site=site,
+        dtype=out.dtype,
+        precision=eqn.params["precision"],
+    )
+    return call.finish(y)
+
+
+def _conv(eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int) -> Any:
+    q, view = weight.value, weight.view
+    names = (
+        "window_strides",
+        "padding",
+        "lhs_dilation",
+        "rhs_dilation",
+        "dimension_numbers",
+        "feature_group_count",
+        "precision",
+    )
+
+    def arrange(matrix: Any) -> Any:
+        return view.of_array(q.layout.from_matrix(matrix))
+
+    return ops.conv(
+        operands[0],
+        q,
+        arrange,
+        {name: eqn.params[name] for name in names},
+        site=site,
+        dtype=eqn.outvars[0].aval.dtype,
+    )
+
+
+def _ragged(
+    eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int
+) -> Any:
+    return ops.ragged_matmul(
+        operands[0],
+        weight.value,
+        operands[2],
+        site=site,
+        dtype=eqn.outvars[0].aval.dtype,
+        precision=eqn.params["precision"],
+    )
+
+
+def _embedding(
+    eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int
+) -> Any:
+    fill = None
+    if "FILL" in str(eqn.params["mode"]).upper():
+        given = eqn.params["fill_value"]
+        fill = float("nan") if given is None else float(given)
+    ids = operands[1][..., 0]
+    rows = ops.embed(ids, weight.value, dtype=weight.dtype, fill=fill)
+    return call.finish(rows)

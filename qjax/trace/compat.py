@@ -1,0 +1,99 @@
+"""The only file of the library that touches a private or version-dependent JAX name.
+
+Everything here *reads* a jaxpr; bodies are re-emitted elsewhere through public
+functions. Tested on JAX 0.10.2 and 0.11.x.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from jax._src import source_info_util
+from jax.extend import core
+
+Literal = core.Literal
+
+JIT = frozenset({"jit", "pjit", "closed_call", "core_call"})
+REMAT = frozenset({"remat2", "checkpoint", "remat"})
+CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+
+
+def body(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """An open or closed jaxpr as `(jaxpr, constants)`.
+
+    JAX 0.10 has two types; in 0.11 every jaxpr has `jaxpr` and `consts`.
+    """
+    if hasattr(jaxpr, "jaxpr") and hasattr(jaxpr, "consts"):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, ()
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an equation's operand is a constant written in place."""
+    return isinstance(atom, core.Literal)
+
+
+def kind(eqn: Any) -> str:
+    """The primitive's name, the higher-order ones under one name per meaning."""
+    name = eqn.primitive.name
+    for meaning, names in (("jit", JIT), ("remat", REMAT), ("custom", CUSTOM)):
+        if name in names:
+            return meaning
+    if name == "call_hi_primitive":
+        traced = type(eqn.params["_prim"]).__name__
+        return {"RematTraced": "remat", "CustomVJPTraced": "custom"}.get(traced, name)
+    return name
+
+
+def call_body(eqn: Any) -> tuple[Any, Sequence[Any]]:
+    """The body of a jit, remat, custom-derivative or shard_map equation."""
+    hi = eqn.params.get("_prim")
+    if hi is not None:
+        return body(hi.jaxpr if hasattr(hi, "jaxpr") else hi.traced.jaxpr)
+    for field in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if field in eqn.params:
+            return body(eqn.params[field])
+    raise KeyError(f"primitive {eqn.primitive.name} has no body under a known name")
+
+
+def remat_options(eqn: Any) -> dict[str, Any]:
+    """Arguments that rebuild `jax.checkpoint`."""
+    source = eqn.params.get("_prim", None)
+    read = eqn.params.get if source is None else lambda n: getattr(source, n, None)
+    prevent_cse = read("prevent_cse")
+    options = {"policy": read("policy")}
+    return options if prevent_cse is None else {**options, "prevent_cse": prevent_cse}
+
+
+def scan_groups(eqn: Any) -> tuple[int, int]:
+    """How many constants and carried values a scan has."""
+    if "ft_in" in eqn.params:
+        consts, carry, _ = (len(g) for g in eqn.params["ft_in"].unpack())
+        return consts, carry
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+def has_bodies(eqn: Any) -> bool:
+    """Whether an equation holds jaxprs that the interpreter can enter."""
+    entered = {"jit", "remat", "custom", "scan", "cond", "while", "shard_map"}
+    return kind(eqn) in entered
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluate an equation as it stands."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    if isinstance(params, tuple):  # JAX before 0.10 returned (subfuns, params)
+        out = eqn.primitive.bind(*params[0], *operands, **params[1])
+    else:
+        out = eqn.primitive.bind(*operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def context(eqn: Any) -> AbstractContextManager:
+    """The equation's mesh, compute and name-stack context, for re-emission."""
+    stack = ExitStack()
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    traceback = eqn.source_info.traceback
+    stack.enter_context(source_info_util.user_context(traceback, name_stack=names))
+    stack.enter_context(eqn.ctx.manager)
+    return stack

@@ -1,0 +1,102 @@
+"""A function traced once, with its parameters known by path."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.core.qtensor import is_quantized
+from qjax.trace.paths import flatten_with_paths
+from qjax.trace.views import Tracked, View
+
+
+@dataclass(frozen=True)
+class Program:
+    """The jaxpr of `f(params, *inputs)`; its first arguments are the leaves."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    paths: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    inputs: tuple[Any, ...]
+    out_tree: Any
+
+    def operands(self, track: Callable[[Any], bool]) -> list[Any]:
+        """Arguments for the interpreter; the leaves that `track` names are followed."""
+        leaves = [
+            Tracked(x, View.of(tuple(x.shape)), i, jnp.dtype(x.dtype))
+            if track(x)
+            else x
+            for i, x in enumerate(self.leaves)
+        ]
+        return [*leaves, *self.inputs]
+
+    def require_loaded(self) -> None:
+        """Every leaf is in memory.
+
+        Raises:
+            TypeError: a leaf is still on disk.
+        """
+        for path, leaf in zip(self.paths, self.leaves):
+            if hasattr(leaf, "read"):
+                raise TypeError(
+                    f"{path} is a {type(leaf).__name__}, still on disk; quantize it or "
+                    "call its read() first"
+                )
+
+
+def trace(
+    f: Callable[..., Any],
+    params: Any,
+    inputs: Sequence[Any],
+    options: dict[str, Any] | None = None,
+) -> Program:
+    """Trace `f` on arrays or shapes.
+
+    Quantized and lazy leaves are traced as `ShapeDtypeStruct`s of the float leaf, so
+    that `f` never sees them. `inputs` may be arrays, tracers, shapes or nested
+    containers of them; what is no array (None, strings) is given to `f` as it is.
+    """
+    named = flatten_with_paths(params)
+    tree = jax.tree.structure(params, is_leaf=is_quantized)
+    flat, input_tree = jax.tree.flatten((tuple(inputs), options or {}))
+    moving = [i for i, x in enumerate(flat) if is_arraylike(x)]
+    out: dict[str, Any] = {}
+
+    def run(leaves: list[Any], arrays: list[Any]) -> list[Any]:
+        given = list(flat)
+        for i, x in zip(moving, arrays):
+            given[i] = x
+        args, named_args = jax.tree.unflatten(input_tree, given)
+        result = f(jax.tree.unflatten(tree, leaves), *args, **named_args)
+        values, out["tree"] = jax.tree.flatten(result)
+        return values
+
+    shapes = [abstract(x) for _, x in named]
+    arrays = [flat[i] for i in moving]
+    closed = jax.make_jaxpr(run)(shapes, arrays)
+    paths, leaves = zip(*named) if named else ((), ())
+    return Program(
+        closed.jaxpr,
+        closed.consts,
+        tuple(paths),
+        tuple(leaves),
+        tuple(arrays),
+        out["tree"],
+    )
+
+
+def is_arraylike(x: Any) -> bool:
+    """Whether JAX traces a value: arrays, shapes and numbers, not strings."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return True
+    return isinstance(x, (int, float, complex)) and not isinstance(x, bool)
+
+
+def abstract(leaf: Any) -> Any:
+    """A leaf as the traced function sees it."""
+    if is_quantized(leaf) or hasattr(leaf, "read"):
+        return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+    return leaf

@@ -1,0 +1,162 @@
+"""Coded activations: the arithmetic is in integers, and equals the simulation."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qjax.core.coded import encode
+from qjax.core.formats import (
+    NVFP4,
+    Float,
+    Int,
+    block,
+    channel,
+    group,
+    tensor,
+    token,
+)
+from qjax.core.layout import Layout
+from qjax.core.qtensor import Activation, QTensor, SiteActs
+from qjax.ops import conv, matmul
+from qjax.ops.activations import code_input
+
+K, N, M = 100, 24, 6
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def simulated(x, q):
+    """The same contraction on the values that the codes stand for, in float64."""
+    values = code_input(x, q.site(0)).decode(jnp.float32)
+    return jnp.matmul(values, q.matrix(jnp.float32), precision="highest")
+
+
+def dots(closed):
+    """Operand and result dtypes of every contraction."""
+    found = []
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+                kinds = [v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)]
+                found.append(tuple(kinds))
+            for value in eqn.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    walk(inner)
+
+    walk(closed.jaxpr)
+    return set(found)
+
+
+WEIGHTS = {
+    "int8": Int(8),
+    "int8_tensor": Int(8, tensor()),
+    "int8_asym": Int(8, symmetric=False),
+    "int4_group": Int(4, group(32)),
+    "int4_group_asym": Int(4, group(32), symmetric=False),
+    "int3_float_zero": Int(3, group(32), zero="float"),
+    "int4_block": Int(4, block(32, 16)),
+}
+ACTIVATIONS = {
+    "token": Int(8, token()),
+    "tensor": Int(8, tensor()),
+    "token_asym": Int(8, token(), symmetric=False),
+    "group": Int(8, group(32)),
+    "int4": Int(4, token()),
+}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_integers_meet_integers(weight, activation):
+    acts = (SiteActs(activation=Activation(ACTIVATIONS[activation])),)
+    coded = encode(normal(0, K, N), WEIGHTS[weight])
+    q = QTensor.of(coded, Layout("kn", (K, N)), jnp.float32, acts)
+    x = normal(1, M, K) + 0.5
+    assert dots(jax.make_jaxpr(matmul)(x, q)) == {("int8", "int8", "int32")}
+    want = simulated(x, q)
+    chex.assert_trees_all_close(matmul(x, q), want, rtol=1e-4, atol=1e-4)
+    error = jnp.linalg.norm(want - x @ normal(0, K, N)) / jnp.linalg.norm(want)
+    assert error < 0.5
+
+
+@pytest.mark.parametrize("granularity", [channel(), tensor(), block(32, 8)])
+def test_float8_meets_float8(granularity):
+    own = token() if granularity != block(32, 8) else group(32)
+    acts = (SiteActs(activation=Activation(Float("e4m3", own))),)
+    coded = encode(normal(0, K, N), Float("e4m3", granularity))
+    q = QTensor.of(coded, Layout("kn", (K, N)), jnp.float32, acts)
+    x = normal(1, M, K)
+    kinds = dots(jax.make_jaxpr(matmul)(x, q))
+    assert kinds == {("float8_e4m3fn", "float8_e4m3fn", "float32")}
+    chex.assert_trees_all_close(matmul(x, q), simulated(x, q), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_have_their_own_scales():
+    acts = (SiteActs(activation=Activation(Int(8, token()))),)
+    coded = encode(normal(0, 3, K, N), Int(8, group(32)))
+    q = QTensor.of(coded, Layout("bkn", (0, K, N)), jnp.float32, acts)
+    x = normal(1, 3, M, K)
+    chex.assert_trees_all_close(matmul(x, q), simulated(x, q), rtol=1e-4, atol=1e-4)
+
+
+def test_static_scale_is_used():
+    scale = jnp.full((1, 1), 0.05)
+    activation = Activation(Int(8, tensor()), dynamic=False)
+    coded = encode(normal(0, K, N), Int(8))
+    layout = Layout("kn", (K, N))
+    acts = (SiteActs(scale=scale, activation=activation),)
+    q = QTensor.of(coded, layout, jnp.float32, acts)
+    x = normal(1, M, K)
+    want = jnp.clip(jnp.round(x / 0.05), -128, 127) * 0.05 @ coded.decode(jnp.float32)
+    chex.assert_trees_all_close(matmul(x, q), want, rtol=1e-4, atol=1e-4)
+    missing = QTensor.of(coded, layout, jnp.float32, (SiteActs(activation=activation),))
+    with pytest.raises(ValueError, match="static but has no scale"):
+        matmul(x, missing)
+
+
+def test_formats_without_common_arithmetic_contract_values():
+    acts = (SiteActs(activation=Activation(Int(8, token()))),)
+    coded = encode(normal(0, 64, N), NVFP4())
+    q = QTensor.of(coded, Layout("kn", (64, N)), jnp.float32, acts)
+    x = normal(1, M, 64)
+    chex.assert_trees_all_close(matmul(x, q), simulated(x, q), rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_implementation_is_refused():
+    q = QTensor.of(encode(normal(0, K, N), Int(8)), Layout("kn", (K, N)), jnp.float32)
+    with pytest.raises(ValueError, match="'fast'"):
+        matmul(normal(1, M, K), q, implementation="fast")
+
+
+def test_convolution_in_integers():
+    w, x = normal(0, 3, 3, 8, 16), normal(1, 2, 8, 8, 8)
+    layout = Layout("kkkn", w.shape)
+    spec = jax.lax.conv_dimension_numbers(x.shape, w.shape, ("NHWC", "HWIO", "NHWC"))
+    params = {
+        "window_strides": (1, 1),
+        "padding": ((1, 1), (1, 1)),
+        "dimension_numbers": spec,
+    }
+    acts = (SiteActs(activation=Activation(Int(8, token()))),)
+    q = QTensor.of(encode(layout.to_matrix(w), Int(8)), layout, w.dtype, acts)
+
+    def run(x, q):
+        return conv(x, q, layout.from_matrix, params)
+
+    assert dots(jax.make_jaxpr(run)(x, q)) == {("int8", "int8", "int32")}
+    steps = jnp.abs(x).max((1, 2, 3), keepdims=True) / 127.5
+    coded = jnp.clip(jnp.round(x / steps), -128, 127) * steps
+    want = jax.lax.conv_general_dilated(coded, q.dequantize(), **params)
+    chex.assert_trees_all_close(run(x, q), want, rtol=1e-4, atol=1e-4)
+
+
+def test_result_dtype_follows_the_contraction():
+    q = QTensor.of(encode(normal(0, K, N), Int(8)), Layout("kn", (K, N)), jnp.bfloat16)
+    x = normal(1, M, K).astype(jnp.bfloat16)
+    assert matmul(x, q).dtype == jnp.bfloat16
+    assert matmul(x, q, dtype=jnp.float32).dtype == jnp.float32
