@@ -19,6 +19,7 @@ from qjax.core.scales import (
     Grid,
     Search,
     block_absmax,
+    block_range,
     check_scale_dtype,
     scale_type,
     search_grid,
@@ -30,9 +31,10 @@ _GROUP_64 = group(64)
 
 @dataclass(frozen=True)
 class Codebook:
-    """Levels times a scale: `w = levels[code] * scale`, `scale = absmax / max|level|`.
+    """Levels times a scale: `w = levels[code] * scale`.
 
-    A block of zeros keeps the scale 0, as bitsandbytes stores it.
+    The scale is the smallest at which the levels' ends reach the block's: `absmax` for
+    NF4 and FP4. A block of zeros keeps the scale 0, as bitsandbytes stores it.
 
     Args:
       levels: "nf4", "fp4" (bitsandbytes' published tables, in the order of its codes),
@@ -47,7 +49,7 @@ class Codebook:
       ValueError: a field has an illegal value.
     """
 
-    levels: str | tuple[float, ...] | None = "nf4"
+    levels: str | tuple[float | int, ...] | None = "nf4"
     granularity: Granularity = _GROUP_64
     double_quant: int | None = None
     scale_dtype: str | None = None
@@ -116,17 +118,15 @@ class Codebook:
         importance: Float[Array, "... K"] | None = None,
     ) -> Grid:
         """Scales `[..., Gk, Gn]`, and levels `[..., 2^bits]` where they are learned."""
-        absmax = block_absmax(w, self.granularity, search)
+        reach = self._reach(w, search)
         dtype = scale_type(self.scale_dtype, w)
-        largest, levels = np.float32(1), None
+        levels = None
         if self.levels is None:
-            scale = absmax.astype(dtype)
-            levels = learn_levels(self._units(w, scale), self.bits or 1)
-        else:
-            largest = np.abs(self.table).max()
+            units = self._units(w, reach.astype(dtype))
+            levels = learn_levels(units, self.bits or 1)
 
         def grid_of(factor):
-            return Grid(divide(absmax * factor, largest).astype(dtype), codebook=levels)
+            return Grid((reach * factor).astype(dtype), codebook=levels)
 
         return search_grid(
             w,
@@ -136,6 +136,19 @@ class Codebook:
             search,
             importance,
         )
+
+    def _reach(self, w: Array, search: Search) -> Array:
+        """The scale at which the levels' ends reach the range of each block."""
+        low_level, high_level = -1.0, 1.0
+        if self.levels is not None:
+            low_level, high_level = float(self.table.min()), float(self.table.max())
+        if low_level == -high_level:
+            absmax = block_absmax(w, self.granularity, search)
+            return absmax if high_level == 1 else divide(absmax, high_level)
+        low, high = block_range(w, self.granularity, search)
+        above = divide(high, high_level) if high_level > 0 else jnp.zeros_like(high)
+        below = divide(low, low_level) if low_level < 0 else jnp.zeros_like(low)
+        return jnp.maximum(above, below)
 
     def _units(self, w: Array, scale: Array) -> Array:
         """`w` over its scale, by the reciprocal as bitsandbytes does."""

@@ -177,7 +177,7 @@ class MX:
     def _scale(self, absmax: Array) -> Array:
         exponent = floor_log2(absmax)
         if self.scale_rule == "ct":
-            # compressed-tensors takes the 6-bit elements' own mantissa, fp4's for all else.
+            # compressed-tensors takes 6-bit elements' own mantissa, fp4's for others.
             mantissa = self.minifloat.mantissa if self.bits == 6 else 1
             raised = _mantissa_reaches(absmax, 2 - 2.0 ** (-mantissa - 1))
             exponent = exponent + raised.astype(jnp.int32)

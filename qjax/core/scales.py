@@ -36,7 +36,7 @@ class Percentile:
       p: percent of the weights of a block that the range covers, above 50.
     """
 
-    p: float = 99.9
+    p: float | int = 99.9
 
     def __post_init__(self):
         if not 50 < self.p <= 100:
@@ -59,7 +59,7 @@ class MSE:
       maxshrink: largest fraction by which the range may shrink.
     """
 
-    norm: float = 2.4
+    norm: float | int = 2.4
     grid: int = 100
     maxshrink: float = 0.2
 

@@ -12,7 +12,7 @@ from qjax.core.qtensor import QTensor, Stacked, is_quantized
 from qjax.ops.conv import conv_contraction
 from qjax.trace.contractions import Call
 from qjax.trace.control import QuantizationWarning, interpreter
-from qjax.trace.program import Program, trace
+from qjax.trace.program import Program, require_loaded, trace
 from qjax.trace.views import Tracked, atom_roles
 
 
@@ -39,15 +39,15 @@ def apply(f: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(f)
     def applied(params: Any, *inputs: Any, **options: Any) -> Any:
         leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+        require_loaded(params)
         if not any(is_quantized(x) for x in leaves):
             return f(params, *inputs, **options)
         program = trace(f, params, inputs, options)
-        program.require_loaded()
         body = interpreter(low_bit)
         operands = program.operands(track=is_quantized)
         outputs = body.run(program.jaxpr, program.consts, operands)
-        _warn(program, body.events)
         flat = body.as_floats("return", outputs, "returned by the function")
+        _warn(program, body.events)
         return jax.tree.unflatten(program.out_tree, flat)
 
     return applied

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.core.lazy import LazyLeaf
 from qjax.core.qtensor import is_quantized
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.views import Tracked, View
@@ -33,18 +34,18 @@ class Program:
         ]
         return [*leaves, *self.inputs]
 
-    def require_loaded(self) -> None:
-        """Every leaf is in memory.
 
-        Raises:
-            TypeError: a leaf is still on disk.
-        """
-        for path, leaf in zip(self.paths, self.leaves):
-            if hasattr(leaf, "read"):
-                raise TypeError(
-                    f"{path} is a {type(leaf).__name__}, still on disk; quantize it or "
-                    "call its read() first"
-                )
+def require_loaded(params: Any) -> None:
+    """Every leaf is in memory.
+
+    Raises:
+        TypeError: a leaf is still on disk (`LazyLeaf`).
+    """
+    for path, leaf in flatten_with_paths(params):
+        if isinstance(leaf, LazyLeaf):
+            raise TypeError(
+                f"{path} is still on disk (LazyLeaf); quantize it or call its read()"
+            )
 
 
 def trace(
@@ -97,6 +98,6 @@ def is_arraylike(x: Any) -> bool:
 
 def abstract(leaf: Any) -> Any:
     """A leaf as the traced function sees it."""
-    if is_quantized(leaf) or hasattr(leaf, "read"):
+    if is_quantized(leaf) or isinstance(leaf, LazyLeaf):
         return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
     return leaf

@@ -1,11 +1,14 @@
 """The coverage table."""
 
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 
-from qjax.trace.sites import Site, Sites
+if TYPE_CHECKING:
+    from qjax.trace.sites import Site, Sites
 
 
-def table(found: Sites) -> Table:
+def table(found: "Sites") -> Table:
     """Sites, other uses, captured constants and unused leaves, as a rich table."""
     out = Table(title=summary(found), title_justify="left")
     for name in ("leaf", "kind", "K x N", "layers", "M", "input", "runs"):
@@ -24,7 +27,7 @@ def table(found: Sites) -> Table:
     return out
 
 
-def summary(found: Sites) -> str:
+def summary(found: "Sites") -> str:
     """One line: how many leaves meet an activation, and how they run."""
     leaves = {s.path for s in found.weights}
     low = {s.path for s in found.weights if s.runs.startswith("low-bit")}
@@ -36,7 +39,7 @@ def summary(found: Sites) -> str:
     )
 
 
-def _row(site: Site) -> tuple[str, ...]:
+def _row(site: "Site") -> tuple[str, ...]:
     sizes = f"{site.K} x {site.N}" if site.path else ""
     experts = "".join(f"{n} experts " for n in site.experts)
     layers = " x ".join(map(str, site.stacked))

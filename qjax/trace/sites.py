@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from rich.table import Table
 
 from qjax.core.layout import Layout
 from qjax.core.qtensor import is_quantized
+from qjax.trace import report
 from qjax.trace.apply import low_bit
 from qjax.trace.control import interpreter
 from qjax.trace.interpret import Event
@@ -66,7 +68,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Sites:
-    """Every use of every leaf. `table()` in `qjax.trace.report` prints it.
+    """Every use of every leaf.
 
     Attributes:
       sites: in program order.
@@ -87,6 +89,10 @@ class Sites:
     def of(self, path: str) -> tuple[Site, ...]:
         """The sites of one leaf."""
         return tuple(s for s in self.sites if s.path == path)
+
+    def table(self) -> Table:
+        """The coverage table, for a terminal."""
+        return report.table(self)
 
     @property
     def weights(self) -> tuple[Site, ...]:

@@ -245,7 +245,7 @@ def follow(eqn: Any, name: str, source: Tracked, rest: list[Any]) -> Tracked | N
     elif name == "squeeze":
         moved = view.squeeze(tuple(p["dimensions"]))
     elif name == "broadcast_in_dim":
-        dims = tuple(p["broadcast_dimensions"])
+        dims = tuple(int(d) for d in p["broadcast_dimensions"])
         moved = view.broadcast(tuple(p["shape"]), dims)
     elif name == "expand_dims":
         moved = view.reshape(tuple(eqn.outvars[0].aval.shape))

@@ -240,7 +240,7 @@ def test_shards_that_cut_groups_or_words_are_refused():
     w = normal(0, 256, 64)
     layout = Layout("kn", w.shape)
     wide = QTensor.of(encode(w, Int(4, group(128))), layout, w.dtype)
-    with pytest.raises(ValueError, match="groups of 128.*64 inputs"):
+    with pytest.raises(ValueError, match=r"groups of 128.*64 inputs"):
         partition_specs(wide, P("k"), mesh())
     narrow = QTensor.of(encode(w[:100], Int(3)), Layout("kn", (100, 64)), w.dtype)
     with pytest.raises(ValueError, match="whole words"):
