@@ -83,6 +83,23 @@ class NnxConv(nnx.Module):
         return self.head(h.mean((1, 2)))
 
 
+class NnxScanned(nnx.Module):
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make(rngs):
+            return nnx.Linear(32, 32, rngs=rngs)
+
+        self.layers = make(rngs)
+
+    def __call__(self, h):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def run(h, layer):
+            return jnp.tanh(layer(h))
+
+        return run(h, self.layers)
+
+
 class NnxLanguage(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(16, 32, rngs=rngs)
@@ -115,6 +132,7 @@ MODELS = {
     "linen_own_param": (lambda: linen(LinenOwnParam(), x), (x,), 1),
     "nnx_block": (lambda: qjax.functional(NnxBlock(nnx.Rngs(0))), (x,), 7),
     "nnx_conv": (lambda: qjax.functional(NnxConv(nnx.Rngs(0))), (image,), 2),
+    "nnx_scan": (lambda: qjax.functional(NnxScanned(nnx.Rngs(0))), (x,), 1),
     "nnx_tied": (lambda: qjax.functional(NnxLanguage(nnx.Rngs(0))), (ids,), 1),
     "equinox_mlp": (lambda: qjax.functional(EqxMlp(KEY)), (x,), 3),
 }

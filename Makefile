@@ -1,0 +1,49 @@
+# make demo | test | check | lock
+PYTHON ?= python3
+BIN := .venv/bin
+DEPENDS := pyproject.toml requirements.lock
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock
+
+.PHONY: demo test check unit lock clean
+
+# The bundled model, every data-free format, one table and one picture.
+demo: .venv/.demo
+	$(BIN)/qjax compare --out results/demo
+
+test: check unit
+
+check: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/python scripts/render_tables.py --check
+
+unit: .venv/.test
+	$(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
+
+# uv resolves for every supported Python at once; see CONTRIBUTING.md.
+# torch brings its own exact CUDA pins, which must not bind the library.
+lock: .venv/.test
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --upgrade \
+	  --python-version 3.11 --no-header --no-annotate --no-emit-index-url \
+	  --index-strategy unsafe-best-match $(UV_FLAGS) -q -o .venv/lock
+	grep -vE '^(torch|triton|cuda-.*|nvidia-.*)==' .venv/lock > requirements.lock
+
+clean:
+	rm -rf .venv results
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "qjax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+
+# One pip call for everything: the peers would otherwise choose torch themselves.
+.venv/.demo: $(DEPENDS) | .venv/bin/python
+	$(INSTALL) -e .
+	touch $@
+
+.venv/.test: $(DEPENDS) | .venv/bin/python
+	$(INSTALL) -e '.[test,parity]'
+	touch $@

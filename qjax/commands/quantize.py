@@ -1,0 +1,109 @@
+"""`qjax quantize`: a model in low bits, as a folder that `qjax eval` reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from qjax import methods
+from qjax.catalogue import named
+from qjax.commands.compare import quantized_bits
+from qjax.commands.inputs import BUNDLED, open_model
+from qjax.commands.output import wide_console
+from qjax.io.checkpoint import save
+from qjax.io.huggingface import find_folder
+from qjax.quantize import quantize_with_report
+
+METHODS = {method.__name__.lower(): method for method in methods.METHODS}
+# What a Hugging Face folder holds beside its weights: configuration and tokenizer.
+SHELL = ("config.json", "generation_config.json", "*token*", "vocab.*", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Quantize a model and save it.
+
+    OUT holds the weights and the configuration and tokenizer of MODEL; it appears when
+    all of it is written.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A local Hugging Face folder, a hub id, or "bundled"."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The folder to write; it must not exist, unless --overwrite."""
+    recipe: str = "RTN"
+    """A method (RTN, HQQ) with the options below, or a short name (hqq-int3-g64)."""
+    scheme: str | None = None
+    """Formats by llm-compressor's name, for RTN: W4A16 (default), FP8_DYNAMIC, ..."""
+    bits: int | None = None
+    """Bits per code, for HQQ: 1 to 8 (default 4)."""
+    group_size: int | None = None
+    """Weights that share a scale, for HQQ (default 64)."""
+    targets: tuple[str, ...] = ()
+    """Patterns: globs on paths, re:..., Linear, Conv, Embedding (all but the head)."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of the weights to leave in float."""
+    scan_layers: bool = True
+    """Keep the layers stacked; patterns that take single layers need them apart."""
+    overwrite: bool = False
+    """Replace OUT."""
+
+    def run(self) -> None:
+        """Quantize, save, and print what became of each weight."""
+        recipe = self.make_recipe()
+        if self.out.exists() and not self.overwrite:
+            raise FileExistsError(f"{str(self.out)!r} exists: --overwrite replaces it")
+        model = open_model(self.model, scan_layers=self.scan_layers, lazy=True)
+        params, report = quantize_with_report(
+            model.f, model.params, recipe, example=model.example
+        )
+        source = BUNDLED if self.model == "bundled" else self.model
+        save(
+            self.out,
+            params,
+            recipe=recipe,
+            metadata={"model": model.name},
+            files=_shell_files(find_folder(source)),
+            overwrite=self.overwrite,
+        )
+        console = wide_console()
+        console.print(report.table())
+        for note in report.notes:
+            console.print(f"note: {note}")
+        console.print(
+            f"{quantized_bits(params):.3f} bits per quantized weight; wrote {self.out}"
+        )
+
+    def make_recipe(self) -> Any:
+        """The method that the options describe."""
+        patterns = {"targets": self.targets or None, "ignore": self.ignore}
+        options = {
+            "scheme": self.scheme,
+            "bits": self.bits,
+            "group_size": self.group_size,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        method = METHODS.get(self.recipe.lower())
+        if method is None:
+            return self._short(patterns, given)
+        known = set(method.__dataclass_fields__)
+        for name in given:
+            if name not in known:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is not an option of {method.__name__}")
+        return method(**given, **patterns)
+
+    def _short(self, patterns: dict[str, Any], given: dict[str, Any]) -> Any:
+        if given:
+            raise ValueError(
+                f"--recipe {self.recipe} is not a method, so it takes no "
+                f"{', '.join(given)}: give one of {', '.join(METHODS).upper()}"
+            )
+        found = named(self.recipe).recipe
+        return type(found)(**{**vars(found), **patterns})
+
+
+def _shell_files(folder: Path) -> dict[str, Path]:
+    """Configuration and tokenizer of a model's folder, by name."""
+    return {file.name: file for pattern in SHELL for file in folder.glob(pattern)}

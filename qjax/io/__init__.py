@@ -1,0 +1,1 @@
+"""Files: checkpoints of our own and other libraries' formats."""

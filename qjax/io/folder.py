@@ -1,0 +1,83 @@
+"""Folders that appear under their name whole or not at all, and are checked on read."""
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Give a complete folder its name; an old one of that name goes last."""
+    for entry in [*folder.rglob("*"), folder]:
+        _flush(entry)
+    if not path.exists():
+        folder.rename(path)
+        _flush(path.parent)
+        return
+    # Beside the temporary folder, which is deleted whatever happens, not in it.
+    aside = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+    path.rename(aside)
+    try:
+        folder.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    _flush(path.parent)
+    shutil.rmtree(aside)
+
+
+def _flush(path: Path) -> None:
+    """Put a file or a folder's entries on the disk, so that a power cut spares them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of every file, by its name in the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {file.relative_to(folder).as_posix(): _fingerprint(file) for file in files}
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def check_file(folder: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Compare a file with the fingerprint taken when it was written.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      ValueError: it is truncated or changed, or the name leads out of the folder.
+    """
+    file = inside(folder, name)
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is incomplete: {name} is missing")
+    if (size := file.stat().st_size) != record["bytes"]:
+        raise ValueError(
+            f"{file} has {size} bytes instead of {record['bytes']}: it is truncated or "
+            "was changed"
+        )
+    if _fingerprint(file)["sha256"] != record["sha256"]:
+        raise ValueError(f"{file} was changed after saving: its sha256 differs")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in a folder.
+
+    Raises:
+      ValueError: the name is absolute or leads out of the folder.
+    """
+    parts = PurePosixPath(name)
+    target = folder / parts
+    outside = not target.resolve().is_relative_to(folder.resolve())
+    if not name or parts.is_absolute() or ".." in parts.parts or outside:
+        raise ValueError(f"{name!r} is not the name of a file inside {folder}")
+    return target

@@ -1,0 +1,254 @@
+"""Models from Hugging Face folders and the hub, without torch."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from transformers import AutoTokenizer
+
+from qjax.core.lazy import LazyLeaf
+from qjax.io.shards import Tensor, open_shards, read_json
+from qjax.models import Function, architecture, functional
+from qjax.models.fields import Fields
+from qjax.models.names import Name, spellings
+
+Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
+
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_model(
+    path_or_id: str | Path,
+    *,
+    dtype: Any = None,
+    scan_layers: bool = False,
+    sharding: Sharding = None,
+    lazy: bool = False,
+) -> tuple[Function, dict[str, Any], Any, Any]:
+    """A model's function and parameters, its tokenizer and its configuration.
+
+    Args:
+      path_or_id: a folder with `config.json` and safetensors, or the id of a
+        repository on the hub.
+      dtype: of floating-point parameters; None keeps the checkpoint's.
+      scan_layers: whether equal leaves of all layers are stacked, `[L, ...]`, and the
+        layers run by `lax.scan`.
+      sharding: of every leaf, or a function `(path, shape) -> sharding`; a device reads
+        only its own slices. None: the default device.
+      lazy: whether leaves stay on disk, as `LazyLeaf`.
+
+    Returns:
+      `(f, params, tokenizer, config)`: `f(params, tokens)`, a nested dict, what
+      `transformers.AutoTokenizer` makes of the folder (None if it holds no tokenizer),
+      and the configuration of the model's file in `qjax.models`.
+
+    Raises:
+      FileNotFoundError: the folder, the repository or a file is missing.
+      ValueError: the model is not supported, or a file is damaged; in one sentence.
+    """
+    folder = find_folder(path_or_id)
+    module, config = read_config(folder)
+    f, shapes = _abstract(module, config, scan_layers)
+    tensors = open_shards(folder)
+    sources = find_sources(module, config, tensors, shapes, scan_layers, folder)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, _: _leaf(
+            sources["/".join(k.key for k in path)], dtype, sharding, lazy
+        ),
+        shapes,
+    )
+    return f, params, read_tokenizer(folder), config
+
+
+def load_shell(
+    path_or_id: str | Path, *, scan_layers: bool = False
+) -> tuple[Function, Any, Any]:
+    """`(f, tokenizer, config)` as from `load_model`; needs and reads no weights."""
+    folder = find_folder(path_or_id)
+    module, config = read_config(folder)
+    return _abstract(module, config, scan_layers)[0], read_tokenizer(folder), config
+
+
+def find_folder(path_or_id: str | Path) -> Path:
+    """The folder of a model, downloaded (or found in the cache) if it is a hub id.
+
+    Raises:
+      FileNotFoundError: there is neither such a folder nor such a repository.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{path_or_id} is no folder, and no model could be had from the hub: "
+            f"{reason}"
+        ) from None
+
+
+def read_config(folder: Path) -> tuple[ModuleType, Any]:
+    """The architecture's module and the configuration in `config.json`.
+
+    Raises:
+      FileNotFoundError, ValueError: the file is missing, damaged, of a model that is
+        not supported, or has a field of a wrong type or value.
+    """
+    raw = read_json(folder / "config.json")
+    kind = Fields(raw).raw.get("model_type")
+    module = architecture(kind if isinstance(kind, str) else str(kind))
+    return module, module.from_fields(Fields(raw))
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None if it holds none."""
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        return None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _abstract(
+    module: ModuleType, config: Any, scan_layers: bool
+) -> tuple[Function, Any]:
+    """The function, and shapes in place of parameters."""
+
+    def make():
+        return module.build(config, rngs=nnx.Rngs(0), scan_layers=scan_layers)
+
+    return functional(nnx.eval_shape(make))
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A leaf in the checkpoint: tensors of equal shape, in the order they are stacked.
+
+    Attributes:
+      tensors: one, or `prod(lead)` of them.
+      lead: the stacked axes, layers before experts.
+      transpose: whether the last two axes are swapped on read.
+    """
+
+    path: str
+    tensors: tuple[Tensor, ...]
+    lead: tuple[int, ...]
+    transpose: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leaf's shape."""
+        shape = self.tensors[0].shape
+        return (*self.lead, *(shape[::-1] if self.transpose else shape))
+
+    def read(self, dtype: Any, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The slice `index` of the leaf, copied out of the files."""
+        index = (slice(None),) * len(self.shape) if index is None else index
+        outer, inner = index[: len(self.lead)], index[len(self.lead) :]
+        grid = np.arange(len(self.tensors)).reshape(self.lead)[outer]
+        views = [self._view(self.tensors[i])[inner] for i in grid.reshape(-1)]
+        out = np.empty((len(views), *views[0].shape), dtype)
+        for i, view in enumerate(views):
+            out[i] = view
+        return out.reshape(*grid.shape, *out.shape[1:])
+
+    def _view(self, tensor: Tensor) -> np.ndarray:
+        view = tensor.view()
+        return view.T if self.transpose else view
+
+
+def find_sources(
+    module: ModuleType,
+    config: Any,
+    tensors: dict[str, Tensor],
+    shapes: Any,
+    scan_layers: bool,
+    folder: Path,
+) -> dict[str, Source]:
+    """For every leaf, where it is in the checkpoint.
+
+    Raises:
+      ValueError: a tensor is missing or has a wrong shape.
+    """
+    expected = {
+        "/".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
+    }
+    sources = {}
+    for name in module.names(config):
+        for source in _expand(name, config, tensors, module, scan_layers, expected):
+            sources[source.path] = source
+    for path, shape in expected.items():
+        if path not in sources:
+            raise ValueError(f"{folder} has no tensor for {path}")
+        _check_shape(sources[path], shape)
+    return sources
+
+
+def _expand(name, config, tensors, module, scan_layers, expected):
+    """The sources of one row of the table, one per layer unless scanned."""
+    layers = range(config.layers) if "{layer}" in name.path else range(1)
+    experts = range(config.experts) if "{expert}" in name.hf else range(1)
+    stacked = scan_layers and "{layer}" in name.path
+    for group in [layers] if stacked else [[layer] for layer in layers]:
+        path = name.path.replace("/{layer}", "") if stacked else name.path
+        path = path.format(layer=group[0])
+        if path not in expected:
+            continue
+        numbers = itertools.product(group, experts)
+        found = tuple(_find(name, tensors, module.PREFIX, i, e) for i, e in numbers)
+        lead = (len(group),) if stacked else ()
+        lead += (len(experts),) if "{expert}" in name.hf else ()
+        yield Source(path, found, lead, name.transpose)
+
+
+def _find(
+    name: Name, tensors: dict[str, Tensor], prefix: str, layer: int, expert: int
+) -> Tensor:
+    wanted = name.hf.format(layer=layer, expert=expert)
+    for spelling in spellings(wanted, prefix):
+        if spelling in tensors:
+            return tensors[spelling]
+    raise ValueError(f"the checkpoint has no tensor {wanted}")
+
+
+def _check_shape(source: Source, shape: tuple[int, ...]) -> None:
+    inner = shape[len(source.lead) :]
+    inner = inner[::-1] if source.transpose else inner
+    for tensor in source.tensors:
+        if tensor.shape != inner:
+            raise ValueError(
+                f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(inner)}"
+            )
+
+
+def _leaf(source: Source, dtype: Any, sharding: Sharding, lazy: bool) -> Any:
+    stored = source.tensors[0].dtype
+    floating = jnp.issubdtype(stored, jnp.floating)
+    dtype = jnp.dtype(dtype if dtype is not None and floating else stored)
+
+    def read() -> jax.Array:
+        if sharding is None:
+            return jnp.asarray(source.read(dtype))
+        place = sharding
+        if not isinstance(place, jax.sharding.Sharding):
+            place = place(source.path, source.shape)
+        return jax.make_array_from_callback(
+            source.shape, place, lambda index: source.read(dtype, index)
+        )
+
+    return LazyLeaf(source.shape, dtype, read) if lazy else read()

@@ -1,0 +1,168 @@
+"""A quantized tree as JSON: its containers, its formats, the names of its arrays.
+
+A node is a JSON scalar, or an object with one key that says what it is: `array`,
+`dict`, `list`, `tuple`, `record` (one of qjax's own classes), `dtype`, `float` (one
+that JSON has no number for).
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from math import isfinite
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from qjax.core.coded import Coded
+from qjax.core.double_quant import DoubleQuantized
+from qjax.core.formats import MX, NVFP4, Binary, Codebook, Float, Int, Ternary
+from qjax.core.granularity import Granularity
+from qjax.core.layout import Layout
+from qjax.core.qtensor import Activation, QTensor, SiteActs, Sparse, Stacked
+from qjax.core.transforms import Dense, Diagonal, Hadamard, Kronecker, Permutation
+from qjax.trace.paths import path_of
+
+RECORDS: dict[str, type] = {
+    record.__name__: record
+    for record in (
+        *(QTensor, Stacked, Coded, SiteActs, Sparse, DoubleQuantized),
+        *(Layout, Activation, Granularity),
+        *(Int, Float, MX, NVFP4, Codebook, Binary, Ternary),
+        *(Dense, Diagonal, Hadamard, Kronecker, Permutation),
+    )
+}
+
+
+def encode(tree: Any) -> tuple[Any, dict[str, Any]]:
+    """The tree's JSON node, and its arrays by name.
+
+    Containers other than dict, list and tuple (Flax states, Equinox modules) are
+    written as dicts of their paths.
+
+    Raises:
+      TypeError: a leaf is neither array nor number, named by its path.
+    """
+    arrays: dict[str, Any] = {}
+    return _encode(tree, "", arrays), arrays
+
+
+def _encode(value: Any, path: str, arrays: dict[str, Any]) -> Any:
+    if type(value) in _RECORD_TYPES:
+        names = [field.name for field in fields(value)]
+        parts = {n: _encode(getattr(value, n), _join(path, n), arrays) for n in names}
+        return {"record": type(value).__name__, "fields": parts}
+    if _is_array(value):
+        return {"array": _name(path, value, arrays)}
+    if isinstance(value, np.dtype):
+        return {"dtype": value.name}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        infinite = isinstance(value, float) and not isfinite(value)
+        return {"float": str(value)} if infinite else value
+    if type(value) in (list, tuple):
+        items = [_encode(v, _join(path, i), arrays) for i, v in enumerate(value)]
+        return {type(value).__name__: items}
+    return {
+        "dict": [
+            [k, _encode(v, _join(path, k), arrays)] for k, v in _items(value, path)
+        ]
+    }
+
+
+def _items(value: Any, path: str) -> list[tuple[str | int, Any]]:
+    if type(value) is dict:
+        for key in value:
+            if type(key) not in (str, int):
+                raise TypeError(
+                    f"{path or 'the tree'} has the key {key!r}; only text and whole "
+                    "numbers can be saved as keys"
+                )
+        return list(value.items())
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        value, is_leaf=lambda x: x is not value
+    )
+    if [keys for keys, _ in flat] == [()]:
+        raise TypeError(
+            f"leaf {path or 'at the root'} is a {type(value).__name__}; "
+            "only arrays and numbers can be saved"
+        )
+    return [(path_of(keys), child) for keys, child in flat]
+
+
+def _is_array(value: Any) -> bool:
+    # Flax variables look like arrays but are containers.
+    looks = hasattr(value, "shape") and hasattr(value, "dtype")
+    return looks and jax.tree_util.all_leaves([value])
+
+
+def _name(path: str, value: Any, arrays: dict[str, Any]) -> str:
+    if isinstance(value, jax.ShapeDtypeStruct | Tracer):
+        raise TypeError(f"leaf {path} has a shape but no values; save concrete arrays")
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        raise TypeError(f"leaf {path} is a random key; save jax.random.key_data of it")
+    name = path or "root"
+    while name in arrays:
+        name += "'"
+    arrays[name] = value
+    return name
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}/{key}" if path else str(key)
+
+
+def decode(node: Any, leaf: Callable[[str], Any]) -> Any:
+    """The tree that a node stands for, with `leaf(name)` in place of each array.
+
+    Raises:
+      ValueError: the node holds something that this version cannot read.
+    """
+    if not isinstance(node, dict):
+        return node
+    kind = next(iter(node), "")
+    if kind not in _DECODERS:
+        raise ValueError(f"the tree holds a {kind!r}, which this version cannot read")
+    return _DECODERS[kind](node, leaf)
+
+
+def _decode_record(node: Any, leaf: Callable[[str], Any]) -> Any:
+    name, stored = node["record"], node.get("fields", {})
+    if name not in RECORDS:
+        raise ValueError(
+            f"the tree holds a record {name!r}, which this version cannot read; "
+            f"it knows {', '.join(sorted(RECORDS))}"
+        )
+    known = [field.name for field in fields(RECORDS[name])]
+    if sorted(known) != sorted(stored):
+        raise ValueError(f"{name} is stored with fields {sorted(stored)}, not {known}")
+    return RECORDS[name](**{field: decode(stored[field], leaf) for field in known})
+
+
+def _decode_dtype(node: Any, leaf: Callable[[str], Any]) -> Any:
+    del leaf
+    return dtype_of(node["dtype"])
+
+
+def dtype_of(name: str) -> np.dtype:
+    """A dtype by name, those of ml_dtypes included.
+
+    Raises:
+      ValueError: there is no such dtype.
+    """
+    try:
+        return jnp.dtype(name)
+    except TypeError:
+        raise ValueError(f"{name!r} is not the name of a dtype") from None
+
+
+_RECORD_TYPES = frozenset(RECORDS.values())
+_DECODERS: dict[str, Callable[[Any, Callable[[str], Any]], Any]] = {
+    "array": lambda node, leaf: leaf(node["array"]),
+    "dict": lambda node, leaf: {k: decode(v, leaf) for k, v in node["dict"]},
+    "list": lambda node, leaf: [decode(v, leaf) for v in node["list"]],
+    "tuple": lambda node, leaf: tuple(decode(v, leaf) for v in node["tuple"]),
+    "record": _decode_record,
+    "dtype": _decode_dtype,
+    "float": lambda node, leaf: float(node["float"]),
+}

@@ -1,0 +1,21 @@
+"""The README's Python example runs as it stands, on the bundled model."""
+
+import re
+from pathlib import Path
+
+import qjax
+from qjax.commands.inputs import BUNDLED
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    named = re.compile(r'load_model\("[^"]+"\)')
+    assert named.search(code)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(named.sub(f"load_model({str(BUNDLED)!r})", code), names)
+    restored = qjax.restore(tmp_path / "out")
+    again = qjax.apply(names["f"])(restored, names["tokens"])
+    assert (again == names["logits"]).all()
