@@ -165,7 +165,10 @@ def plan(steps: Sequence[Any], found: Sites, leaves: dict[str, Any]) -> list[Job
             by_path.setdefault(site.path, []).append(site)
     candidates = [
         Candidate(
-            path, _names(uses), frozenset(u.kind for u in uses), path == found.head
+            path,
+            _names(uses),
+            frozenset(u.kind for u in uses),
+            spared=path == found.head or path in found.routers,
         )
         for path, uses in by_path.items()
     ]

@@ -34,13 +34,13 @@ class Candidate:
       path: the leaf's path.
       names: what patterns see: the path, or one name per layer of a stacked leaf.
       kinds: the kinds of its sites (`dot`, `conv`, `ragged_dot`, `embedding`).
-      head: whether it is the model's output head.
+      spared: the model's output head or a router: left alone unless asked for.
     """
 
     path: str
     names: tuple[str, ...]
     kinds: frozenset[str]
-    head: bool = False
+    spared: bool = False
 
     @property
     def tied(self) -> bool:
@@ -93,7 +93,7 @@ def assign(
     """For each leaf's path, the number of the step that takes each of its names.
 
     The first step that matches takes a name. Without `targets` a step takes every
-    linear and convolution but the head and tied leaves.
+    linear and convolution but the head, routers and tied leaves.
 
     Raises:
         ValueError: a pattern of `targets` matches nothing, or all that a step matches
@@ -135,7 +135,7 @@ def _wanted(step: Any, candidates: Sequence[Candidate]) -> list[tuple[str, int]]
 
 
 def _default(c: Candidate) -> bool:
-    return bool(c.kinds - {"embedding"}) and not (c.head or c.tied)
+    return bool(c.kinds - {"embedding"}) and not (c.spared or c.tied)
 
 
 def _hits(pattern: str, candidates: Sequence[Candidate]) -> bool:

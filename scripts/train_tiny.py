@@ -175,7 +175,7 @@ def train(config: Config) -> None:
     out = config.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(
-        json.dumps(dataclasses.asdict(config), default=str)
+        json.dumps(dataclasses.asdict(config), default=lambda path: path.name)
     )
     tokenizer = load_tokenizer(config.tokenizer, config.text, out, SEPARATOR)
     train_ids, valid_ids = tokenise(

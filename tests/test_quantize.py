@@ -12,6 +12,7 @@ from qjax.core.formats import Int, group
 from qjax.core.lazy import LazyLeaf
 from qjax.core.qtensor import QTensor, Stacked, dequantize, is_quantized
 from qjax.methods import HQQ, RTN
+from qjax.models.functional import Function
 from qjax.quantize import quantize, quantize_with_report
 from qjax.solving import chunk_size, solve_chunk
 from qjax.trace.apply import apply
@@ -308,3 +309,22 @@ def test_donated_leaves_are_deleted_unless_shared():
 def test_progress_bar_ends_full(capsys):
     quantize(chain, chain_params(), RTN(), BATCH)
     assert "100%" in capsys.readouterr().out
+
+
+def test_head_and_routers_stay_in_float_unless_asked_for():
+    def call(p, x):
+        return (x @ p["router"]) @ p["up"] @ p["lm_head"]["kernel"]
+
+    f = Function(call, head="lm_head/kernel", routers=("router",))
+    params = {name: normal(32, 32) for name in ("router", "up")}
+    params["lm_head"] = {"kernel": normal(32, 32)}
+
+    def taken(recipe):
+        q = run(f, params, recipe)
+        return {path for path, x in flatten_with_paths(q) if is_quantized(x)}
+
+    assert taken(RTN("W8A16")) == {"up"}
+    assert taken(RTN("W8A16", targets=("router", "lm_head"))) == {
+        "router",
+        "lm_head/kernel",
+    }

@@ -99,7 +99,7 @@ def _count(model: Model) -> tuple[int, int]:
     """How many weights a recipe takes by default, and how many stay in float."""
     found = sites(model.f, model.params, *model.example)
     looked_up = {site.path for site in found.weights if site.kind == "embedding"}
-    left = looked_up | {found.head}
+    left = looked_up | {found.head, *found.routers}
     taken = {site.path for site in found.weights} - left
     weights = sum(prod(found.shapes[path]) for path in taken)
     return weights, model.weights - weights

@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
 )
-from transformers import AutoTokenizer
 
 from qjax.core.lazy import LazyLeaf
 from qjax.io.shards import Tensor, open_shards, read_json
@@ -119,6 +118,9 @@ def read_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or None if it holds none."""
     if not any((folder / name).exists() for name in _TOKENIZERS):
         return None
+    # Here, because importing transformers takes seconds and few uses need it.
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -143,7 +143,8 @@ class HQQ:
       kappa: growth of `beta` per iteration, at least 1; 1.01, as in the reference.
       iters: updates of the zero point; 20, as in the reference.
       activations: how the input of the contraction is coded; None leaves it in float.
-      targets: patterns of the sites to take; None takes all but head and embedding.
+      targets: patterns of the sites to take; None takes all but the head, routers and
+        embeddings.
       ignore: patterns of the sites to leave.
 
     Raises:

@@ -28,7 +28,8 @@ class RTN:
       activations: how the input of the contraction is coded, beside `weights`.
       search: how the range of each group is chosen; `MinMax()` covers every weight.
       rounding: "nearest" (halves to even) or "stochastic" (needs a key).
-      targets: patterns of the sites to take; None takes all but head and embedding.
+      targets: patterns of the sites to take; None takes all but the head, routers and
+        embeddings.
       ignore: patterns of the sites to leave.
 
     Raises:

@@ -17,11 +17,13 @@ class Function:
     Attributes:
       call: the pure function.
       head: the path of the output head's leaf, None where the head is tied or unknown.
+      routers: the paths of leaves that choose experts; recipes leave them in float.
       init_cache: `(batch, length, dtype) -> cache`, None where the module has no cache.
     """
 
     call: Callable[..., Any]
     head: str | None = None
+    routers: tuple[str, ...] = ()
     init_cache: Callable[[int, int, Any], Any] | None = None
 
     def __call__(self, params: Any, *inputs: Any, **named: Any) -> Any:
@@ -81,7 +83,8 @@ def _from_nnx(model: nnx.Module, method: str) -> tuple[Function, Any]:
 
     params = _nest(paths, [leaves[i] for i in order])
     head = "lm_head/kernel" if ("lm_head", "kernel") in paths else None
-    return Function(call, head, _cache_maker(model)), params
+    routers = tuple("/".join(path) for path in paths if "router" in path)
+    return Function(call, head, routers, _cache_maker(model)), params
 
 
 def _cache_maker(model: Any) -> Callable[[int, int, Any], Any] | None:

@@ -76,6 +76,7 @@ class Sites:
       constants: arrays captured by closure.
       unused: leaves that nothing reads.
       head: path of the model's output head, if `f` declares one.
+      routers: paths of leaves that choose experts, if `f` declares them.
       shapes: shape of every leaf, by path.
     """
 
@@ -84,6 +85,7 @@ class Sites:
     constants: tuple[Constant, ...]
     unused: tuple[str, ...]
     head: str | None
+    routers: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
 
     def of(self, path: str) -> tuple[Site, ...]:
@@ -119,6 +121,7 @@ def sites(f: Callable[..., Any], params: Any, *example: Any, **options: Any) -> 
         constants=_constants(program),
         unused=_unused(program, events),
         head=getattr(f, "head", None),
+        routers=tuple(getattr(f, "routers", ())),
         shapes={p: tuple(x.shape) for p, x in zip(program.paths, program.leaves)},
     )
 

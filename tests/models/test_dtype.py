@@ -33,9 +33,7 @@ def test_bfloat16_parameters_give_bfloat16(kind):
     f, params = functional(
         nnx.eval_shape(lambda: module.build(config, rngs=nnx.Rngs(0)))
     )
-    narrow = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params
-    )
+    narrow = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     out = jax.tree.leaves(jax.eval_shape(f, narrow, tokens))[0]
     assert out.dtype == jnp.bfloat16
