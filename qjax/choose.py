@@ -42,8 +42,12 @@ class Needs:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r} is unknown: choose from {choices}"
                 )
-        if self.memory_gb is not None and not self.memory_gb > 0:
-            raise ValueError(f"memory is {self.memory_gb} GB: it must be above 0")
+        if self.memory_gb is not None and not 0 < self.memory_gb < float("inf"):
+            raise ValueError(
+                f"memory is {self.memory_gb} GB: it must be above 0 and finite"
+            )
+        if self.weights is not None and self.weights < 0:
+            raise ValueError(f"weights is {self.weights}: it must not be negative")
         if self.memory_gb is not None and not self.weights:
             raise ValueError(
                 "a memory limit needs the model's size: give a model or its parameters"

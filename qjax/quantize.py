@@ -72,11 +72,13 @@ class Report:
 
     def table(self) -> Table:
         """The report for a terminal."""
-        table = Table("leaf", "method", "format", "activations", "bits", "error", "s")
+        columns = ("leaf", "method", "format", "activations", "bits", "error", "s")
+        table = Table(*columns, "fallback")
         for row in self.leaves:
             bits, error = f"{row.bits_per_weight:.3f}", f"{row.error:.4f}"
             rest = (row.method, row.format, row.activations, bits, error)
-            table.add_row(_shown(row.path, row.names), *rest, f"{row.seconds:.2f}")
+            last = (f"{row.seconds:.2f}", row.fallback)
+            table.add_row(_shown(row.path, row.names), *rest, *last)
         return table
 
 
@@ -149,7 +151,9 @@ def quantize_with_report(
     treedef = jax.tree.structure(params, is_leaf=is_quantized)
     ready = [x.read() if isinstance(x, LazyLeaf) else x for x in leaves.values()]
     in_order = [row for path in leaves for row in rows.get(path, ())]
-    return jax.tree.unflatten(treedef, ready), Report(tuple(in_order), _notes(found))
+    return jax.tree.unflatten(treedef, ready), Report(
+        tuple(in_order), _notes(found, steps)
+    )
 
 
 def plan(steps: Sequence[Any], found: Sites, leaves: dict[str, Any]) -> list[Job]:
@@ -160,7 +164,7 @@ def plan(steps: Sequence[Any], found: Sites, leaves: dict[str, Any]) -> list[Job
     """
     by_path: dict[str, list[Site]] = {}
     for site in found.sites:
-        usable = site.path and site.layout is not None
+        usable = site.layout is not None
         if usable and not is_quantized(leaves[site.path]):
             by_path.setdefault(site.path, []).append(site)
     candidates = [
@@ -352,12 +356,15 @@ def _fallback(found: Sites, job: Job) -> str:
     return f"dequantized where {'; '.join(texts)}" if texts else ""
 
 
-def _notes(found: Sites) -> tuple[str, ...]:
+def _notes(found: Sites, steps: Sequence[Any]) -> tuple[str, ...]:
     tied = {s.path for s in found.sites if s.kind == "embedding"} & {
         s.path for s in found.sites if s.kind == "dot"
     }
-    if found.head is None and not tied:
-        return ("the function declares no head: every linear and convolution is taken",)
+    if found.head is None and not tied and any(not step.targets for step in steps):
+        return (
+            "the function declares no head: a step without targets takes the last "
+            "linear like every other",
+        )
     return ()
 
 

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,25 +35,6 @@ class Record:
     metrics: Mapping[str, Any]
     context: Mapping[str, Any] = field(default_factory=dict)
     series: str | None = None
-
-
-def describe(value: Any) -> Any:
-    """A configuration as JSON values; a dataclass keeps its class's name.
-
-    >>> from qjax.data import Text
-    >>> describe(Text("a", "b"))["class"]
-    'Text'
-    """
-    if is_dataclass(value) and not isinstance(value, type):
-        named = {f.name: describe(getattr(value, f.name)) for f in fields(value)}
-        return {"class": type(value).__name__, **named}
-    if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return getattr(value, "__name__", str(value))
 
 
 def environment() -> dict[str, Any]:

@@ -102,6 +102,8 @@ def test_a_method_that_arrives_is_recommended(monkeypatch):
         ({"hardware": "abacus"}, "hardware 'abacus' is unknown: choose from cpu"),
         ({"priority": "fame"}, "priority 'fame' is unknown"),
         ({"memory_gb": 0, "weights": 1}, "memory is 0 GB"),
+        ({"memory_gb": float("inf"), "weights": 1}, "memory is inf GB"),
+        ({"weights": -5}, "weights is -5"),
         ({"memory_gb": 8}, "needs the model's size"),
     ],
 )

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from safetensors.numpy import save_file
 
 from qjax import results
 from qjax.cli import main
+from qjax.commands.inputs import TextOptions
 from qjax.commands.memory import PeakMemory
+from qjax.io.checkpoint import save
+from qjax.io.huggingface import load_model
 
 # With torch at hand transformers imports it, and hqq, for any tokenizer.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -174,6 +178,67 @@ def test_quantized_folders_evaluate_as_the_model_in_memory(
     assert saved["kl_nats"] == pytest.approx(here["kl"], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory):
+    """What `qjax quantize` wrote, its layers not stacked."""
+    out = tmp_path_factory.mktemp("saved") / "new"
+    options = ["--targets", "layers/0", "--no-scan-layers"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["quantize", str(folder), str(out), *options]) == 0
+    return out
+
+
+def test_layers_that_were_saved_apart_stay_apart(folder, saved, small, tmp_path, capfd):
+    lines = tmp_path / "lines.jsonl"
+    arguments = ["--reference", folder, "--out", lines, *small]
+    code, _, err = run(capfd, "eval", saved, *arguments)
+    assert code == 0, err
+    assert 0 < results.read(lines)[0].metrics["kl_nats"] < 1
+    code, out, err = run(capfd, "sites", saved)
+    assert code == 0, err
+    assert "layers/0/attn/q_proj" in out and "layers/1/attn/q_proj" in out
+
+
+def test_layers_that_were_saved_together_stay_together(folder, tmp_path, capfd):
+    """Whether the manifest says so or, saved by hand, only the names."""
+    params = load_model(folder, scan_layers=True, lazy=True)[1]
+    shell = {"config.json": folder / "config.json"}
+    for metadata in ({"scan_layers": True}, {}):
+        save(tmp_path / "m", params, files=shell, metadata=metadata, overwrite=True)
+        code, out, err = run(capfd, "sites", tmp_path / "m", "--no-scan-layers")
+        assert code == 0, err
+        assert "layers/attn/q_proj" in out and "layers/0" not in out
+    apart = load_model(folder, lazy=True)[1]
+    save(tmp_path / "m", apart, files=shell, overwrite=True)
+    code, out, err = run(capfd, "sites", tmp_path / "m")
+    assert code == 0, err
+    assert "layers/1/attn/q_proj" in out
+
+
+@pytest.mark.parametrize("content", ["{}", "garbage"])
+def test_a_damaged_tokenizer(content, folder, tmp_path, small, capfd):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    (damaged / "tokenizer.json").write_text(content)
+    assert "damaged/tokenizer.json is not a" in fails(capfd, "eval", damaged, *small)
+    code, _, err = run(capfd, "sites", damaged)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4", "ptb"])
+def test_named_texts_are_cut_as_the_papers_cut_them(name):
+    assert TextOptions(dataset=name).cut(4096) == (0, 2048)
+    assert TextOptions(dataset=name).cut(1024) == (0, 1024)
+    assert TextOptions(dataset=name).cut(None) == (0, 2048)
+    assert TextOptions(dataset=name, tokens=500, window=99).cut(4096) == (500, 99)
+
+
+def test_other_texts_are_cut_short(text):
+    for options in (TextOptions(), TextOptions(text), TextOptions(dataset="pydoc")):
+        assert options.cut(4096) == (16384, 512)
+        assert options.cut(64) == (16384, 64)
+
+
 def test_eval_alone(folder, small, capfd):
     code, out, err = run(capfd, "eval", folder, *small, "--stride", "16")
     assert code == 0, err
@@ -248,12 +313,19 @@ def test_choose_runs_what_it_recommends(folder, small, tmp_path, capfd):
         (["quantize", "FOLDER", "OUT", "--recipe", "AWQ"], "recipe 'AWQ' is unknown"),
         (["quantize", "FOLDER", "OUT", "--recipe", "HQQ", "--bits", "9"], "bits"),
         (["quantize", "FOLDER", "OUT", "--targets", "q_prj"], "matches no site"),
-        (["quantize", "FOLDER", "FOLDER"], "exists: --overwrite replaces it"),
+        (["quantize", "NONE", "FOLDER"], "was not saved by qjax"),
+        (["quantize", "NONE", "FOLDER", "--overwrite"], "was not saved by qjax"),
+        (["quantize", "NONE", "SAVED"], "exists already: --overwrite replaces it"),
+        (["quantize", "SAVED", "OUT"], "is already quantized: give the model"),
+        (["compare", "--model", "SAVED"], "is already quantized: give the model"),
         (["choose", "--memory-gb", "1", "--parameters", "8e9"], "more memory"),
+        (["choose", "--parameters", "1e400"], "--parameters is inf: give a number"),
+        (["choose", "--parameters", "nan"], "--parameters is nan: give a number"),
+        (["choose", "--parameters", "-5"], "--parameters is -5: give a number"),
     ],
 )  # fmt: skip
-def test_errors_are_one_sentence(arguments, message, folder, tmp_path, capfd):
-    places = {"FOLDER": folder, "OUT": tmp_path / "out"}
+def test_errors_are_one_sentence(arguments, message, folder, saved, tmp_path, capfd):
+    places = {"FOLDER": folder, "SAVED": saved, "OUT": tmp_path / "out"}
     sentence = fails(capfd, *(places.get(word, word) for word in arguments))
     assert message in sentence
     assert not (tmp_path / "out").exists()
@@ -278,7 +350,7 @@ def test_wrong_usage_ends_with_two(arguments, capfd):
     ("command", "words"),
     [
         ([], ["compare", "quantize", "eval", "sites", "choose"]),
-        (["compare"], ["16384", "512", "tokens", "bundled", "float32"]),
+        (["compare"], ["16384", "512", "2048", "tokens", "bundled", "float32"]),
         (["quantize"], ["MODEL", "OUT", "W4A16", "default"]),
         (["choose"], ["GB", "changing-inputs", "--run"]),
     ],

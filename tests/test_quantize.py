@@ -195,6 +195,18 @@ def test_a_second_way_of_reading_a_leaf_is_reported():
     params = {"w": normal(32, 16)}
     _, report = quantize_with_report(both, params, RTN(), BATCH, progress=False)
     assert "dequantized where dot reads it" in report[0].fallback
+    columns = {str(c.header): list(c.cells) for c in report.table().columns}
+    assert columns["fallback"] == [report[0].fallback]
+
+
+def test_the_note_on_heads_is_about_steps_without_targets():
+    def notes(recipe):
+        return quantize_with_report(
+            chain, chain_params(), recipe, BATCH, progress=False
+        )[1].notes
+
+    assert notes(RTN("W8A16", targets="layers")) == ()
+    assert "step without targets" in notes((RTN("W8A16", targets="layers"), RTN()))[0]
 
 
 def test_sharded_leaves_give_the_same_codes():

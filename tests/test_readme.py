@@ -3,8 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import qjax
 from qjax.commands.inputs import BUNDLED
+
+# With torch at hand transformers imports it, and hqq, for any tokenizer.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 README = Path(__file__).parents[1] / "README.md"
 

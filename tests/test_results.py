@@ -15,6 +15,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from qjax import results
+from qjax.io.describe import describe
 from qjax.methods import HQQ, RTN
 from qjax.plots import compare_plot
 from qjax.results import Record
@@ -66,12 +67,12 @@ def test_a_broken_line_is_named(tmp_path):
 
 
 def test_describe_keeps_class_names_all_the_way_down():
-    described = results.describe((RTN(scheme="W4A16"), HQQ(bits=3, group_size=64)))
+    described = describe((RTN(scheme="W4A16"), HQQ(bits=3, group_size=64)))
     assert [step["class"] for step in described] == ["RTN", "HQQ"]
     assert described[0]["search"]["class"] == "MinMax"
     assert described[1]["bits"] == 3
     json.dumps(described)
-    assert results.describe({"dtype": jnp.bfloat16}) == {"dtype": "bfloat16"}
+    assert describe({"dtype": jnp.bfloat16}) == {"dtype": "bfloat16"}
 
 
 def test_environment_says_versions_device_and_date():

@@ -86,13 +86,22 @@ class Choose:
         hardware = self.hardware or _which("Hardware", _here(), HARDWARE, ask)
         return Needs(
             memory_gb=memory,
-            weights=None if weights is None else int(weights),
+            weights=None if weights is None else _whole(weights),
             kept=kept,
             calibration=calibration,
             training=training,
             hardware=hardware,
             priority=self.priority or _which("Priority", "quality", PRIORITIES, ask),
         )
+
+
+def _whole(weights: float) -> int:
+    """A number of weights, given as 7e9."""
+    if not 1 <= weights < float("inf"):
+        raise ValueError(
+            f"--parameters is {weights:g}: give a number of weights, such as 7e9"
+        )
+    return int(weights)
 
 
 def _count(model: Model) -> tuple[int, int]:

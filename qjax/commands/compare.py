@@ -27,6 +27,7 @@ from qjax.core.qtensor import is_quantized
 from qjax.data import Text
 from qjax.evals import Divergence, Protocol, Yardstick
 from qjax.io.checkpoint import save
+from qjax.io.describe import describe
 from qjax.plots import compare_plot
 from qjax.quantize import quantize
 from qjax.results import Record
@@ -53,7 +54,7 @@ class Compare:
     def run(self) -> None:
         """Evaluate full precision and every recipe; print, write, draw."""
         chosen = [named(name) for name in self.recipes]
-        text, model = self.text.load(), open_model(self.model)
+        text, model = self.text.load(), open_model(self.model, in_float=True)
         tokens, protocol = self.text.encode(text, model)
         context = self._context(model, text, tokens)
         lines = self.out / "compare.jsonl"
@@ -169,8 +170,8 @@ def _record(
     found: Divergence,
     context: dict[str, Any],
 ) -> Record:
-    protocol = results.describe(found.protocol) | {"name": found.protocol.name}
-    config = None if one is None else results.describe(one.recipe)
+    protocol = describe(found.protocol) | {"name": found.protocol.name}
+    config = None if one is None else describe(one.recipe)
     scored = {"protocol": protocol, "scored_tokens": found.tokens}
     series = None if one is None else one.series
     return Record(label, config, metrics, context | scored, series)

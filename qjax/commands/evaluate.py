@@ -12,6 +12,7 @@ from qjax.commands.inputs import Dtype, Model, TextOptions, open_model
 from qjax.commands.output import wide_console
 from qjax.data import Text
 from qjax.evals import divergence, perplexity
+from qjax.io.describe import describe
 
 Values = dict[str, Any]
 
@@ -43,7 +44,7 @@ class Evaluate:
             table.add_row(name.replace("_", " "), _shown(value))
         wide_console().print(table)
         if self.out is not None:
-            config = results.describe(self)
+            config = describe(self)
             record = results.Record(model.name, config, metrics, context)
             results.append(self.out, record)
 
@@ -73,7 +74,7 @@ class Evaluate:
         context = {
             "text": {"name": text.name, "sha256": text.sha256},
             "scored_tokens": found.tokens,
-            "protocol": results.describe(protocol) | {"name": protocol.name},
+            "protocol": describe(protocol) | {"name": protocol.name},
             **results.environment(),
         }
         return metrics, context

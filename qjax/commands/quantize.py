@@ -9,10 +9,9 @@ import tyro
 from qjax import methods
 from qjax.catalogue import named
 from qjax.commands.compare import quantized_bits
-from qjax.commands.inputs import BUNDLED, open_model
+from qjax.commands.inputs import open_model
 from qjax.commands.output import wide_console
-from qjax.io.checkpoint import save
-from qjax.io.huggingface import find_folder
+from qjax.io.checkpoint import check_target, save
 from qjax.quantize import quantize_with_report
 
 METHODS = {method.__name__.lower(): method for method in methods.METHODS}
@@ -47,24 +46,24 @@ class Quantize:
     scan_layers: bool = True
     """Keep the layers stacked; patterns that take single layers need them apart."""
     overwrite: bool = False
-    """Replace OUT."""
+    """Replace OUT, if qjax wrote it."""
 
     def run(self) -> None:
         """Quantize, save, and print what became of each weight."""
         recipe = self.make_recipe()
-        if self.out.exists() and not self.overwrite:
-            raise FileExistsError(f"{str(self.out)!r} exists: --overwrite replaces it")
-        model = open_model(self.model, scan_layers=self.scan_layers, lazy=True)
+        check_target(self.out, self.overwrite, "--overwrite")
+        model = open_model(
+            self.model, scan_layers=self.scan_layers, lazy=True, in_float=True
+        )
         params, report = quantize_with_report(
             model.f, model.params, recipe, example=model.example
         )
-        source = BUNDLED if self.model == "bundled" else self.model
         save(
             self.out,
             params,
             recipe=recipe,
-            metadata={"model": model.name},
-            files=_shell_files(find_folder(source)),
+            metadata={"model": model.name, "scan_layers": model.scan_layers},
+            files=_shell_files(model.folder),
             overwrite=self.overwrite,
         )
         console = wide_console()

@@ -15,13 +15,14 @@ from qjax.trace.sites import sites
 class ShowSites:
     """The coverage table: every weight, its sites and other uses, and what is unused.
 
-    Nothing is computed and no weight is read.
+    Nothing is computed; the weights of a Hugging Face folder are not read.
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """A Hugging Face folder, one `qjax quantize` wrote, a hub id, or "bundled"."""
     scan_layers: bool = True
-    """Trace one layer for all; --no-scan-layers lists every layer by itself."""
+    """Trace one layer for all; --no-scan-layers lists every layer by itself. A folder
+    that `qjax quantize` wrote keeps the layers as they were saved."""
 
     def run(self) -> None:
         """Trace and print."""

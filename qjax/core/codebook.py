@@ -13,7 +13,7 @@ from qjax.core.granularity import (
     spread,
 )
 from qjax.core.levels import FP4, NF4, learn_levels, look_up, nearest_level
-from qjax.core.rounding import divide, rounder
+from qjax.core.rounding import divide, rounder, times_reciprocal
 from qjax.core.scales import (
     MINMAX,
     Grid,
@@ -21,6 +21,8 @@ from qjax.core.scales import (
     block_absmax,
     block_range,
     check_scale_dtype,
+    finite_to,
+    not_flushed,
     scale_type,
     search_grid,
 )
@@ -58,10 +60,10 @@ class Codebook:
     def __post_init__(self):
         self._check_levels()
         check_scale_dtype("Codebook", self.scale_dtype)
-        if self.double_quant is not None and self.double_quant < 1:
+        if self.double_quant is not None and not _is_positive(self.double_quant):
             raise ValueError(
-                f"Codebook.double_quant is {self.double_quant}; it must be None or a "
-                "positive number of scales per block, such as 256"
+                f"Codebook.double_quant is {self.double_quant!r}; it must be None or a "
+                "positive whole number of scales per block, such as 256"
             )
         if self.levels is not None:
             needed = max((len(self.table) - 1).bit_length(), 1)
@@ -74,7 +76,7 @@ class Codebook:
 
     def _check_levels(self):
         if self.levels is None:
-            if self.bits not in range(1, 9):
+            if not _is_positive(self.bits) or self.bits not in range(1, 9):
                 raise ValueError(
                     f"Codebook.bits is {self.bits!r}; learned levels need 1 to 8 bits"
                 )
@@ -118,15 +120,16 @@ class Codebook:
         importance: Float[Array, "... K"] | None = None,
     ) -> Grid:
         """Scales `[..., Gk, Gn]`, and levels `[..., 2^bits]` where they are learned."""
-        reach = self._reach(w, search)
+        reach, absmax = self._reach(w, search)
         dtype = scale_type(self.scale_dtype, w)
         levels = None
         if self.levels is None:
-            units = self._units(w, reach.astype(dtype))
+            units = self._units(w, not_flushed(reach.astype(dtype), absmax))
             levels = learn_levels(units, self.bits or 1)
 
         def grid_of(factor):
-            return Grid((reach * factor).astype(dtype), codebook=levels)
+            scale = not_flushed((reach * factor).astype(dtype), absmax)
+            return Grid(scale, codebook=levels)
 
         return search_grid(
             w,
@@ -137,25 +140,28 @@ class Codebook:
             importance,
         )
 
-    def _reach(self, w: Array, search: Search) -> Array:
-        """The scale at which the levels' ends reach the range of each block."""
+    def _reach(self, w: Array, search: Search) -> tuple[Array, Array]:
+        """The scale at which the levels' ends reach each block's range, and absmax."""
         low_level, high_level = -1.0, 1.0
         if self.levels is not None:
             low_level, high_level = float(self.table.min()), float(self.table.max())
+        absmax = block_absmax(w, self.granularity, search)
+        largest = max(high_level, -low_level, 1.0)
         if low_level == -high_level:
-            absmax = block_absmax(w, self.granularity, search)
-            return absmax if high_level == 1 else divide(absmax, high_level)
+            if high_level == 1:
+                return absmax, absmax
+            return finite_to(divide(absmax, high_level), largest), absmax
         low, high = block_range(w, self.granularity, search)
         above = divide(high, high_level) if high_level > 0 else jnp.zeros_like(high)
         below = divide(low, low_level) if low_level < 0 else jnp.zeros_like(low)
-        return jnp.maximum(above, below)
+        return finite_to(jnp.maximum(above, below), largest), absmax
 
     def _units(self, w: Array, scale: Array) -> Array:
         """`w` over its scale, by the reciprocal as bitsandbytes does."""
         K, N = w.shape[-2:]
         scale = scale.astype(jnp.float32)
-        inverse = 1 / jnp.where(scale == 0, 1, scale)
-        return w.astype(jnp.float32) * spread(inverse, self.granularity, K, N)
+        scale = spread(jnp.where(scale == 0, 1, scale), self.granularity, K, N)
+        return times_reciprocal(w.astype(jnp.float32), scale)
 
     def to_codes(
         self,
@@ -183,6 +189,10 @@ class Codebook:
             values = jnp.asarray(self.table)[codes.astype(jnp.int32)]
         scale = spread(grid.scale.astype(jnp.float32), self.granularity, K, N)
         return values * scale
+
+
+def _is_positive(count: Any) -> bool:
+    return isinstance(count, int) and not isinstance(count, bool) and count > 0
 
 
 def _choose(units: Array, levels: Array, rounding: str, key: Any) -> Array:

@@ -15,7 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from qjax.core.levels import nearest_level
+from qjax.core.minifloat import unit_factors
 from qjax.core.pytrees import register
+from qjax.core.rounding import times_reciprocal
 
 POINTS = 65536
 
@@ -57,13 +59,14 @@ def double_quantize(scale: Float[Array, "... Gk Gn"], block: int) -> DoubleQuant
     Gk, Gn = scale.shape[-2:]
     lead = scale.shape[:-2]
     flat = scale.astype(jnp.float32).swapaxes(-1, -2).reshape(*lead, Gk * Gn)
-    offset = flat.mean(-1)
+    factor, back = unit_factors(jnp.abs(flat).max(-1))
+    offset = (flat * factor[..., None]).mean(-1) * back
     centred = flat - offset[..., None]
     missing = -centred.shape[-1] % block
     padded = jnp.pad(centred, [(0, 0)] * len(lead) + [(0, missing)])
     blocks = padded.reshape(*lead, -1, block)
     absmax = jnp.abs(blocks).max(-1)
-    unit = blocks * (1 / jnp.where(absmax == 0, 1, absmax))[..., None]
+    unit = times_reciprocal(blocks, jnp.where(absmax == 0, 1, absmax)[..., None])
     codes = nearest_level(_point(unit), jnp.asarray(_edges()))
     codes = jnp.where(absmax[..., None] == 0, 0, codes)
     codes = codes.astype(jnp.uint8).reshape(*lead, -1)[..., : Gk * Gn]

@@ -17,13 +17,15 @@ from qjax.core.minifloat import (
     power_of_two,
     to_elements,
 )
-from qjax.core.rounding import divide, round_nearest, rounder
+from qjax.core.rounding import divide, round_nearest, rounder, times_reciprocal
 from qjax.core.scales import (
     MINMAX,
+    TOP,
     Grid,
     Search,
     block_absmax,
     check_scale_dtype,
+    finite_to,
     positive,
     scale_type,
     search_grid,
@@ -93,8 +95,8 @@ class Float:
         dtype = scale_type(self.scale_dtype, w)
 
         def grid_of(factor):
-            scale = divide(absmax * factor, self.element.largest)
-            return Grid(positive(scale.astype(dtype)))
+            scale = divide(absmax * factor, self.element.largest).astype(dtype)
+            return Grid(finite_to(positive(scale, absmax), self.element.largest))
 
         return _search(self, w, grid_of, search, importance)
 
@@ -181,7 +183,9 @@ class MX:
             mantissa = self.minifloat.mantissa if self.bits == 6 else 1
             raised = _mantissa_reaches(absmax, 2 - 2.0 ** (-mantissa - 1))
             exponent = exponent + raised.astype(jnp.int32)
-        exponent = jnp.clip(exponent - self.minifloat.top_exponent, _E8M0_MIN, 127)
+        # The largest element stays below 2^128.
+        exponent = jnp.minimum(exponent, 127) - self.minifloat.top_exponent
+        exponent = jnp.maximum(exponent, _E8M0_MIN)
         stored = jnp.where(jnp.isnan(absmax), 255, exponent + 127).astype(jnp.uint8)
         return jax.lax.bitcast_convert_type(stored, jnp.float8_e8m0fnu)
 
@@ -232,8 +236,9 @@ class NVFP4:
         largest = absmax.max((-2, -1), keepdims=True)
         # By the reciprocal, as compressed-tensors rounds it. A matrix of zeros takes 1;
         # numbers too small for the quotient take the largest power of two that is safe.
-        ratio = top * (1 / jnp.where(largest > 0, largest, 1))
-        ratio = jnp.where(largest > 0, jnp.minimum(ratio, np.float32(2.0**126)), 1)
+        ratio = times_reciprocal(np.float32(top), jnp.where(largest > 0, largest, 1))
+        ratio = jnp.clip(ratio, top / TOP, np.float32(2.0**126))
+        ratio = jnp.where(largest > 0, ratio, 1)
         global_scale = jnp.where(jnp.isnan(largest), jnp.nan, ratio)
 
         def grid_of(factor):

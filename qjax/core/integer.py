@@ -16,6 +16,7 @@ from qjax.core.scales import (
     block_absmax,
     block_range,
     check_scale_dtype,
+    finite_to,
     positive,
     scale_type,
     search_grid,
@@ -57,8 +58,11 @@ class Int:
     scale_dtype: str | None = None
 
     def __post_init__(self):
-        if isinstance(self.bits, bool) or self.bits not in range(1, 9):
-            raise ValueError(f"Int.bits is {self.bits!r}; it must be 1 to 8")
+        whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
+        if not whole or self.bits not in range(1, 9):
+            raise ValueError(
+                f"Int.bits is {self.bits!r}; it must be a whole number from 1 to 8"
+            )
         if self.zero not in (None, *ZEROS):
             raise ValueError(f"Int.zero is {self.zero!r}; it must be one of {ZEROS}")
         if self.scale_rule not in SCALE_RULES:
@@ -133,16 +137,21 @@ class Int:
         dtype: Any,
     ) -> Grid:
         """The grid that covers `[low, high]`, which includes zero."""
+        absmax = jnp.maximum(-low, high)
         if self.symmetric:
-            return Grid(positive(self._symmetric_scale(low, high).astype(dtype)))
+            scale = positive(self._symmetric_scale(low, high).astype(dtype), absmax)
+            return Grid(finite_to(scale, self.half - (self.scale_rule == "narrow")))
         # Halves, so that a range as wide as float32 does not overflow.
         steps = np.float32((2**self.bits - 1) / 2)
-        scale = positive(divide(high * 0.5 - low * 0.5, steps).astype(dtype))
-        origin = -divide(low, scale.astype(jnp.float32))
-        if self.zero == "float":
-            return Grid(scale, origin.astype(dtype))
-        signed = jnp.round(jnp.clip(origin - self.half, -self.half, self.half - 1))
-        return Grid(scale, _to_uint8(signed + self.half))
+        scale = divide(high * 0.5 - low * 0.5, steps).astype(dtype)
+        scale = positive(scale, absmax)
+        zero = -divide(low, scale.astype(jnp.float32))
+        if self.zero == "int":
+            signed = jnp.clip(zero - self.half, -self.half, self.half - 1)
+            zero = jnp.round(signed) + self.half
+        scale = finite_to(scale, jnp.maximum(zero, 2**self.bits - 1 - zero))
+        stored = zero.astype(dtype) if self.zero == "float" else _to_uint8(zero)
+        return Grid(scale, stored)
 
     def _symmetric_scale(self, low: Array, high: Array) -> Array:
         if self.scale_rule == "signed":

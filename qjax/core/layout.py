@@ -49,6 +49,13 @@ class Layout:
         """Positions of a role among the trailing axes, in leaf order."""
         return tuple(i for i, r in enumerate(self.roles) if r == role)
 
+    def without_batch(self, count: int) -> "Layout":
+        """The layout of one slice along the first `count` batched axes."""
+        gone = self.axes("b")[:count]
+        kept = [i for i in range(len(self.roles)) if i not in gone]
+        roles = "".join(self.roles[i] for i in kept)
+        return Layout(roles, tuple(self.sizes[i] for i in kept))
+
     def leaf_shape(self, lead: tuple[int, ...]) -> tuple[int, ...]:
         """The leaf's shape, given the leading axes of its matrix `[*lead, K, N]`."""
         layers = lead[: len(lead) - self.batch_axes]

@@ -107,6 +107,16 @@ def floor_log2(x: Float32[Array, "..."]) -> Array:
     return ((raw >> np.uint32(23)) & np.uint32(255)).astype(jnp.int32) - 127
 
 
+def unit_factors(x: Float32[Array, "..."]) -> tuple[Array, Array]:
+    """Powers of two that bring normal numbers `x` to magnitudes in [1, 4), and back.
+
+    Multiplying by them loses nothing; sums of what the first scaled do not overflow.
+    They are two because XLA turns `x / n / factor` into `x / (n * factor)`.
+    """
+    exponent = jnp.clip(floor_log2(x), -126, 126)
+    return power_of_two(-exponent), power_of_two(exponent)
+
+
 def power_of_two(exponent: Array) -> Float32[Array, "..."]:
     """Exactly `2.0**exponent` for int32 exponents from -126 to 127."""
     raw = (exponent.astype(jnp.int32) + 127) << 23

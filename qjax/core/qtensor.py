@@ -120,10 +120,20 @@ class QTensor:
             return self.parts[0].lead
         return self.left.lead if isinstance(self.left, Coded) else self.left.shape[:-2]
 
+    def settled(self) -> "QTensor":
+        """With a layout that fits the children, where batched axes were sliced away.
+
+        `vmap` and indexing take a leading axis from every child; static data stays.
+        """
+        missing = self.layout.batch_axes - len(self.lead)
+        if missing <= 0:
+            return self
+        return replace(self, layout=self.layout.without_batch(missing))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The leaf's own shape."""
-        return self.layout.leaf_shape(self.lead)
+        return self.settled().layout.leaf_shape(self.lead)
 
     @property
     def ndim(self) -> int:
@@ -149,8 +159,12 @@ class QTensor:
     def plain(self) -> bool:
         """Coded parts only: no low rank, outliers, bias or transforms."""
         extra = (self.left, self.sparse, self.bias)
-        moved = any(a.t_in is not None or a.t_out is not None for a in self.acts)
-        return bool(self.parts) and all(x is None for x in extra) and not moved
+        return bool(self.parts) and all(x is None for x in extra) and not self.moved
+
+    @property
+    def moved(self) -> bool:
+        """Whether a site has a transform."""
+        return any(a.t_in is not None or a.t_out is not None for a in self.acts)
 
     def site(self, index: int) -> SiteActs:
         """The activation record of the leaf's site number `index`."""
@@ -178,15 +192,22 @@ class QTensor:
 
         The bias `b` is not part of it.
         """
-        return self.layout.from_matrix(self.matrix(dtype or self.dtype))
+        layout = self.settled().layout
+        return layout.from_matrix(self.matrix(dtype or self.dtype))
 
     def __getitem__(self, index: Any) -> "QTensor":
-        """Index the leading layer axes of every child."""
-        return jax.tree.map(lambda x: x[index], self)
+        """Index the leading axes (layers, experts) of every child.
 
-    def with_layout(self, layout: Layout) -> "QTensor":
-        """The same numbers under another naming of the leaf's axes."""
-        return replace(self, layout=layout)
+        Raises:
+            IndexError: there are fewer leading axes.
+        """
+        reach = index if isinstance(index, tuple) else (index,)
+        if len(reach) > len(self.lead):
+            raise IndexError(
+                f"index {index!r} has {len(reach)} parts; this QTensor of shape "
+                f"{self.shape} has leading axes {self.lead}"
+            )
+        return jax.tree.map(lambda x: x[index], self).settled()
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Float32
 
 Rounder = Callable[[Array], Array]
+_LARGE = np.float32(2.0**100)
 
 
 def round_nearest(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -62,3 +64,13 @@ def divide(x: Float[Array, "..."], y: Any) -> Float[Array, "..."]:
     `x` is not a broadcast; replacing `y` where `x` is NaN changes no result.
     """
     return x / jnp.where(jnp.isnan(x), x, jnp.asarray(y, x.dtype))
+
+
+def times_reciprocal(x: Any, y: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """`x * (1 / y)`, as libraries that keep reciprocals round it.
+
+    The reciprocal of a `y` above 2^126 is subnormal, and devices flush it to zero; so
+    where `y` is large a quarter of each operand takes part, which changes no bit.
+    """
+    part = jnp.where(jnp.abs(y) > _LARGE, np.float32(0.25), np.float32(1))
+    return (x * part) * (1 / (y * part))

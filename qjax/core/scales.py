@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from qjax.core.granularity import Granularity, block_sizes, to_blocks
+from qjax.core.granularity import Granularity, block_sizes, spread, to_blocks
+from qjax.core.minifloat import unit_factors
 from qjax.core.pytrees import register
 
+# The end of float32, with room for one rounding of a scale to bfloat16.
+TOP = np.float32(2.0**128 * (1 - 2.0**-7))
 Range = tuple[Float32[Array, "... Gk Gn"], Float32[Array, "... Gk Gn"]]
 
 
@@ -187,9 +190,13 @@ def search_grid(
         return grid_of(np.float32(1))
     factors = jnp.asarray(search.factors())
     exact = w.astype(jnp.float32)
+    # In units of each block, so that no power of an error leaves float32.
+    unit, _ = unit_factors(block_absmax(w, granularity, MINMAX))
+    unit = spread(unit, granularity, *w.shape[-2:])
 
     def error(factor):
-        errors = jnp.abs(exact - decode(grid_of(factor))) ** np.float32(search.norm)
+        errors = jnp.abs(exact - decode(grid_of(factor))) * unit
+        errors = errors ** np.float32(search.norm)
         if importance is not None:
             errors *= importance[..., :, None].astype(jnp.float32)
         return to_blocks(errors, granularity).sum((-3, -1))
@@ -206,9 +213,37 @@ def search_grid(
     return grid_of(factor)
 
 
-def positive(scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`scale` with the zeros of all-zero blocks replaced by the dtype's epsilon."""
+def positive(
+    scale: Float[Array, "... Gk Gn"], absmax: Float32[Array, "... Gk Gn"]
+) -> Float[Array, "... Gk Gn"]:
+    """`scale` without zeros: `not_flushed`, and all-zero blocks take the epsilon."""
+    scale = not_flushed(scale, absmax)
     return jnp.where(scale == 0, jnp.finfo(scale.dtype).eps, scale).astype(scale.dtype)
+
+
+def not_flushed(
+    scale: Float[Array, "... Gk Gn"], absmax: Float32[Array, "... Gk Gn"]
+) -> Float[Array, "... Gk Gn"]:
+    """`scale` raised to the smallest number that lasts, unless `absmax` is zero.
+
+    Devices flush subnormal numbers of float32 and bfloat16 to zero; those of float16
+    are normal in float32, where scales are used.
+    """
+    limits = jnp.finfo(scale.dtype)
+    half = scale.dtype == jnp.float16
+    least = np.asarray(limits.smallest_subnormal if half else limits.tiny, scale.dtype)
+    lost = (jnp.abs(scale) < least) & (absmax > 0)
+    return jnp.where(lost, jnp.copysign(least, scale), scale)
+
+
+def finite_to(
+    scale: Float[Array, "... Gk Gn"], levels: Any
+) -> Float[Array, "... Gk Gn"]:
+    """`scale` brought nearer to zero where `levels` of it would overflow float32."""
+    if scale.dtype == jnp.float16:
+        return scale  # too small to overflow float32
+    limit = jnp.asarray(TOP / levels, jnp.float32).astype(scale.dtype)
+    return jnp.clip(scale, -limit, limit)
 
 
 def scale_type(scale_dtype: str | None, w: Array) -> Any:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -10,7 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qjax.core.coded import Coded
 from qjax.core.double_quant import DoubleQuantized
 from qjax.core.layout import Layout
-from qjax.core.qtensor import QTensor
+from qjax.core.qtensor import QTensor, Stacked
+
+Leaf = TypeVar("Leaf", QTensor, Stacked)
 
 Axis = Any
 """One entry of a PartitionSpec: a mesh axis, several, or None."""
@@ -48,8 +50,8 @@ def matrix_spec(q: QTensor, spec: PartitionSpec) -> MatrixSpec:
     return MatrixSpec((*entries[:layers], *batch), found["k"], found["n"])
 
 
-def partition_specs(q: QTensor, spec: PartitionSpec, mesh: Any) -> QTensor:
-    """A QTensor of PartitionSpecs, one for every child of `q`.
+def partition_specs(q: Leaf, spec: PartitionSpec, mesh: Any) -> Leaf:
+    """A quantized leaf of PartitionSpecs, one for every child of `q`.
 
     Args:
       q: the leaf (arrays or shapes).
@@ -60,10 +62,12 @@ def partition_specs(q: QTensor, spec: PartitionSpec, mesh: Any) -> QTensor:
         ValueError: a shard of K would cut a group or a word, a shard of N a block or a
             word of zeros, or a child has no axis for the sharding.
     """
+    if isinstance(q, Stacked):
+        runs = tuple(partition_specs(p, spec, mesh) for p in q.parts)
+        return replace(q, parts=runs)
     m = matrix_spec(q, spec)
     ways_k, ways_n = ways(m.k, mesh), ways(m.n, mesh)
     parts = tuple(_coded_specs(p, m, ways_k, ways_n) for p in q.parts)
-    whole = PartitionSpec(*m.lead, None, None)
 
     def factor(value: Any, keep_k: bool) -> Any:
         if value is None:
@@ -83,11 +87,31 @@ def partition_specs(q: QTensor, spec: PartitionSpec, mesh: Any) -> QTensor:
         right=factor(q.right, False),
         sparse=jax.tree.map(lambda _: PartitionSpec(*m.lead, None), q.sparse),
         bias=None if q.bias is None else PartitionSpec(*m.lead, m.n),
-        acts=jax.tree.map(lambda x: whole if x.ndim > 1 else PartitionSpec(), q.acts),
+        # Ranges and transforms are small and whole on every device of a layer.
+        acts=jax.tree.map(lambda x: PartitionSpec(*m.lead[: x.ndim]), q.acts),
     )
 
 
-def shard(q: QTensor, spec: PartitionSpec, mesh: Any) -> QTensor:
+def obstacle(q: QTensor, spec: PartitionSpec, mesh: Any) -> str:
+    """Why the body of a `shard_map` cannot take shards of `q`; empty if it can."""
+    entries = (*spec, *(None,) * (q.ndim - len(spec)))[q.ndim - len(q.layout.roles) :]
+    inner = [i for r in "kn" for i in q.layout.axes(r)[1:] if entries[i] is not None]
+    if inner:
+        return f"sharded by {spec} along an inner axis of K or N"
+    m = matrix_spec(q, spec)
+    ways_k, ways_n = ways(m.k, mesh), ways(m.n, mesh)
+    double = any(isinstance(p.scale, DoubleQuantized) for p in q.parts)
+    found = {
+        "outliers": q.sparse is not None and ways_k * ways_n > 1,
+        "transforms": q.moved and ways_k * ways_n > 1,
+        "double-quantized scales": double and ways_k * ways_n > 1,
+        "a bias, which every shard of K would add": q.bias is not None and ways_k > 1,
+    }
+    names = ", ".join(name for name, there in found.items() if there)
+    return f"sharded by {spec} with {names}" if names else ""
+
+
+def shard(q: Leaf, spec: PartitionSpec, mesh: Any) -> Leaf:
     """`q` placed on `mesh` as its float leaf would be by `spec`."""
     specs = partition_specs(q, spec, mesh)
     leaves, tree = jax.tree.flatten(q)

@@ -8,12 +8,14 @@ import numpy as np
 from jaxtyping import Array, Float32, UInt8
 
 from qjax.core.granularity import Granularity, block_sizes, channel, spread, to_blocks
+from qjax.core.minifloat import unit_factors
 from qjax.core.rounding import divide, rounder
 from qjax.core.scales import (
     MINMAX,
     Grid,
     Search,
     check_scale_dtype,
+    not_flushed,
     positive,
     scale_type,
 )
@@ -46,7 +48,7 @@ class Binary:
 
     def fit(self, w: Any, search: Search = MINMAX, importance: Any = None) -> Grid:
         """Scales `[..., Gk, Gn]` of `w[..., K, N]`."""
-        return _fit_mean(self, w, search, importance, lambda scale: scale)
+        return _fit_mean(self, w, search, importance, not_flushed)
 
     def to_codes(
         self, w: Any, grid: Grid, rounding: str = "nearest", key: Any = None
@@ -124,6 +126,8 @@ def _fit_mean(number: Any, w: Any, search: Search, importance: Any, keep: Any) -
     K, N = w.shape[-2:]
     blocks = to_blocks(jnp.abs(w.astype(jnp.float32)), number.granularity)
     sizes = block_sizes(number.granularity, K, N).astype(np.float32)
-    mean = divide(blocks.sum((-3, -1)), sizes)
-    mean = jnp.where(jnp.isfinite(blocks).all((-3, -1)), mean, jnp.nan)
-    return Grid(keep(mean.astype(scale_type(number.scale_dtype, w))))
+    absmax = blocks.max((-3, -1))
+    unit, back = unit_factors(absmax)
+    total = (blocks * unit[..., :, None, :, None]).sum((-3, -1))
+    mean = jnp.where(jnp.isfinite(absmax), divide(total, sizes) * back, jnp.nan)
+    return Grid(keep(mean.astype(scale_type(number.scale_dtype, w)), absmax))

@@ -10,8 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 
 from qjax.core.qtensor import is_quantized
 from qjax.io.arrays import Spec, place, read_arrays, spec_of, write_arrays
+from qjax.io.describe import describe
 from qjax.io.folder import check_file, fingerprints, inside, publish
 from qjax.io.orbax import read_folder, write_folder
 from qjax.io.treespec import decode, dtype_of, encode
@@ -62,16 +62,18 @@ def save(
     Raises:
       FileExistsError: the path exists and may not be replaced.
       TypeError: a leaf or the metadata cannot be stored.
-      ValueError: `format` or a name in `files` is not valid.
+      ValueError: `format`, a name in `files` or a key of the tree is not valid.
     """
     path = Path(path).resolve()
-    _check_target(path, format, overwrite)
+    if format not in ARRAYS:
+        raise ValueError(f"format is {format!r}; it must be one of {tuple(ARRAYS)}")
+    check_target(path, overwrite)
     tree, arrays = encode(qparams)
     body = {
         "format_version": FORMAT_VERSION,
         "storage": format,
         "versions": {package: version(package) for package in PACKAGES},
-        "recipe": _describe(recipe),
+        "recipe": describe(recipe),
         "metadata": dict(metadata or {}),
         "arrays": {name: spec_of(array) for name, array in arrays.items()},
         "tree": tree,
@@ -118,14 +120,19 @@ def restore(
     _check_storage(path, body)
     for name, record in body["files"].items():
         check_file(path, name, record)
-    specs = {
-        name: (dtype, tuple(shape)) for name, (dtype, shape) in body["arrays"].items()
-    }
+    specs = _specs(body)
     _check_width(specs)
     shardings = _shardings(body["tree"], specs, sharding)
     arrays = _read_storage(path / ARRAYS[body["storage"]], specs, shardings)
     tree = decode(body["tree"], arrays.__getitem__)
     return tree if like is None else _pour(tree, like)
+
+
+def holds_quantized(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder that `save` wrote holds a quantized leaf; reads the manifest."""
+    body = read_manifest(path)
+    tree = decode(body["tree"], _structs(_specs(body)))
+    return any(is_quantized(x) for x in jax.tree.leaves(tree, is_leaf=is_quantized))
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -157,19 +164,26 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     return body
 
 
-def _check_target(path: Path, format: str, overwrite: bool) -> None:
-    if format not in ARRAYS:
-        raise ValueError(f"format is {format!r}; it must be one of {tuple(ARRAYS)}")
+def check_target(path: Path, overwrite: bool, option: str = "overwrite=True") -> None:
+    """Whether `save` may write a folder of that name; `option` is how to allow it.
+
+    Raises:
+      FileExistsError: the path exists and may not be replaced.
+      ValueError: the program runs in more than one process.
+    """
     if jax.process_count() > 1:
         raise ValueError(
             f"save works in one process; this program has {jax.process_count()}"
         )
     if not os.path.lexists(path):
         return
-    if not overwrite:
-        raise FileExistsError(f"{path} exists already; overwrite=True replaces it")
     if not (path / MANIFEST).is_file():
-        raise FileExistsError(f"{path} was not saved by qjax, so it is not overwritten")
+        raise FileExistsError(
+            f"{path} exists already and was not saved by qjax, so it is never "
+            "replaced: give another folder"
+        )
+    if not overwrite:
+        raise FileExistsError(f"{path} exists already: {option} replaces it")
 
 
 def _check_json(body: Mapping[str, Any]) -> None:
@@ -177,19 +191,6 @@ def _check_json(body: Mapping[str, Any]) -> None:
         json.dumps(body)
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must hold JSON values only: {error}") from None
-
-
-def _describe(recipe: Any) -> Any:
-    """A recipe as JSON values; a dataclass keeps the name of its class."""
-    if is_dataclass(recipe) and not isinstance(recipe, type):
-        named = {f.name: _describe(getattr(recipe, f.name)) for f in fields(recipe)}
-        return {"class": type(recipe).__name__, **named}
-    if isinstance(recipe, Mapping):
-        return {str(key): _describe(value) for key, value in recipe.items()}
-    if isinstance(recipe, (list, tuple)):
-        return [_describe(value) for value in recipe]
-    plain = recipe is None or isinstance(recipe, (bool, int, float, str))
-    return recipe if plain else str(recipe)
 
 
 def _write_storage(target: Path, format: str, arrays: Mapping[str, Any]) -> None:
@@ -239,16 +240,28 @@ def _check_width(specs: Mapping[str, Spec]) -> None:
             )
 
 
-def _shardings(node: Any, specs: Mapping[str, Spec], sharding: Any) -> Shardings:
-    """One sharding (None: the default device) for each array's name."""
+def _specs(body: Mapping[str, Any]) -> dict[str, Spec]:
+    return {
+        name: (dtype, tuple(shape)) for name, (dtype, shape) in body["arrays"].items()
+    }
+
+
+def _structs(specs: Mapping[str, Spec]) -> Callable[[str], jax.ShapeDtypeStruct]:
+    """The struct of an array by its name, always the same one."""
     structs = {n: jax.ShapeDtypeStruct(s, dtype_of(d)) for n, (d, s) in specs.items()}
-    names = {id(struct): name for name, struct in structs.items()}
 
     def struct(name: str) -> jax.ShapeDtypeStruct:
         if name not in structs:
             raise ValueError(f"the tree names an array {name!r}, which is not stored")
         return structs[name]
 
+    return struct
+
+
+def _shardings(node: Any, specs: Mapping[str, Spec], sharding: Any) -> Shardings:
+    """One sharding (None: the default device) for each array's name."""
+    struct = _structs(specs)
+    names = {id(struct(name)): name for name in specs}
     tree = decode(node, struct)
     if sharding is None:
         return dict.fromkeys(specs)

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 
 from qjax.core.lazy import LazyLeaf
 from qjax.io.shards import Tensor, open_shards, read_json
+from qjax.io.suitable import check_config, check_dtypes, warn_of_unread
 from qjax.models import Function, architecture, functional
 from qjax.models.fields import Fields
 from qjax.models.names import Name, spellings
@@ -57,29 +58,47 @@ def load_model(
 
     Raises:
       FileNotFoundError: the folder, the repository or a file is missing.
-      ValueError: the model is not supported, or a file is damaged; in one sentence.
+      ValueError: the model is not supported, its weights are quantized already, or a
+        file is damaged; in one sentence.
+
+    Warns:
+      QuantizationWarning: the checkpoint holds tensors that the model has no place for.
     """
     folder = find_folder(path_or_id)
+    f, params, config = load_weights(folder, dtype, scan_layers, sharding, lazy)
+    return f, params, read_tokenizer(folder), config
+
+
+def load_weights(
+    folder: Path,
+    dtype: Any = None,
+    scan_layers: bool = False,
+    sharding: Sharding = None,
+    lazy: bool = False,
+) -> tuple[Function, dict[str, Any], Any]:
+    """`(f, params, config)` as from `load_model`; reads no tokenizer."""
+    raw = read_json(folder / "config.json")
+    check_config(raw, folder)
     module, config = read_config(folder)
     f, shapes = _abstract(module, config, scan_layers)
     tensors = open_shards(folder)
     sources = find_sources(module, config, tensors, shapes, scan_layers, folder)
+    wanted = [tensor for source in sources.values() for tensor in source.tensors]
+    check_dtypes(wanted)
+    warn_of_unread(tensors, (tensor.name for tensor in wanted), config, raw)
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: _leaf(
             sources["/".join(k.key for k in path)], dtype, sharding, lazy
         ),
         shapes,
     )
-    return f, params, read_tokenizer(folder), config
+    return f, params, config
 
 
-def load_shell(
-    path_or_id: str | Path, *, scan_layers: bool = False
-) -> tuple[Function, Any, Any]:
-    """`(f, tokenizer, config)` as from `load_model`; needs and reads no weights."""
-    folder = find_folder(path_or_id)
+def load_shell(folder: Path, scan_layers: bool = False) -> tuple[Function, Any]:
+    """`(f, config)` as from `load_model`; needs and reads no weights."""
     module, config = read_config(folder)
-    return _abstract(module, config, scan_layers)[0], read_tokenizer(folder), config
+    return _abstract(module, config, scan_layers)[0], config
 
 
 def find_folder(path_or_id: str | Path) -> Path:
@@ -115,13 +134,27 @@ def read_config(folder: Path) -> tuple[ModuleType, Any]:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None if it holds none."""
-    if not any((folder / name).exists() for name in _TOKENIZERS):
+    """The folder's tokenizer, or None if it holds none.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    found = [name for name in _TOKENIZERS if (folder / name).exists()]
+    if not found:
         return None
     # Here, because importing transformers takes seconds and few uses need it.
     from transformers import AutoTokenizer  # noqa: PLC0415
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Warning:  # where the user turns warnings into errors
+        raise
+    # A damaged file gives KeyError, TypeError or, from Rust, Exception itself.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{folder / found[0]} is not a tokenizer that can be read ({reason})"
+        ) from error
 
 
 def _abstract(

@@ -144,7 +144,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def _tensor(path: Path, name: str, row: Any, begin: int, size: int) -> Tensor:
     try:
         kind, shape, (start, stop) = row["dtype"], row["shape"], row["data_offsets"]
-        sane = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
+        sane = isinstance(kind, str) and all(
+            isinstance(n, int) and n >= 0 for n in (*shape, start, stop)
+        )
     except (KeyError, TypeError, ValueError):
         sane, kind, shape, start, stop = False, None, (), 0, 0
     if not sane:

@@ -24,6 +24,7 @@ from qjax.core.qtensor import Activation, QTensor, SiteActs, Sparse, Stacked
 from qjax.core.transforms import Dense, Diagonal, Hadamard, Kronecker, Permutation
 from qjax.trace.paths import path_of
 
+RESERVED = "__metadata__"
 RECORDS: dict[str, type] = {
     record.__name__: record
     for record in (
@@ -43,6 +44,7 @@ def encode(tree: Any) -> tuple[Any, dict[str, Any]]:
 
     Raises:
       TypeError: a leaf is neither array nor number, named by its path.
+      ValueError: an array at the root is called `__metadata__`.
     """
     arrays: dict[str, Any] = {}
     return _encode(tree, "", arrays), arrays
@@ -102,6 +104,11 @@ def _name(path: str, value: Any, arrays: dict[str, Any]) -> str:
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):
         raise TypeError(f"leaf {path} is a random key; save jax.random.key_data of it")
     name = path or "root"
+    if name == RESERVED:
+        raise ValueError(
+            f"the tree's root has the key {RESERVED!r}, which safetensors keeps for "
+            "itself; give the leaf another name"
+        )
     while name in arrays:
         name += "'"
     arrays[name] = value

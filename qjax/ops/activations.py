@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from qjax.core.formats import Float, Format, Int
 from qjax.core.qtensor import SiteActs
+from qjax.core.rounding import straight_through
 from qjax.core.scales import Grid
 
 
@@ -45,6 +46,11 @@ def code_input(x: Any, acts: SiteActs) -> CodedInput:
         grid = Grid(acts.scale, acts.zero)
     codes = activation.format.to_codes(transposed, grid)
     return CodedInput(codes, grid, activation.format)
+
+
+def coded_values(x: Any, acts: SiteActs) -> Any:
+    """The values that the codes of `x` stand for, with the gradient of the identity."""
+    return straight_through(x, code_input(x, acts).decode(x.dtype))
 
 
 def integers(codes: Any, grid: Grid, format: Int) -> tuple[Any, Any]:

@@ -1,14 +1,18 @@
 """Convolution with a quantized kernel."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qjax.core.coded import Coded
 from qjax.core.formats import Int
-from qjax.core.qtensor import QTensor
-from qjax.ops.activations import integers
+from qjax.core.qtensor import QTensor, SiteActs
+from qjax.core.rounding import straight_through
+from qjax.ops.activations import code_input, integers
 
 
 def conv(
@@ -25,12 +29,13 @@ def conv(
     With one scale per output feature the codes themselves are convolved and the scale
     is put on the result; an `Int` activation format then contracts int8 with int8 into
     int32, with one scale per image (the format's granularity speaks of the flattened
-    image). Other granularities decode the kernel in place.
+    image). Other granularities decode the kernel in place. A correction bias is added
+    on the feature axis.
 
     Args:
       x: the image, as the convolution's dimension numbers say.
       q: the kernel.
-      arrange: matrix `[K, N]` to the kernel's own axes.
+      arrange: matrix `[K, N]` to the kernel's own axes; hashable by value.
       params: the other arguments of `lax.conv_general_dilated`.
       site: position among the leaf's sites.
       dtype: of the result; default that of `x`.
@@ -46,6 +51,7 @@ def conv_contraction(q: QTensor, site: int) -> str:
     "int": int8 with int8; "scaled": codes with floats, the scale on the result;
     "values": what the codes stand for.
     """
+    q = replace(q, bias=None)
     formats = [part.format for part in q.parts]
     if not q.plain or len(formats) > 1:
         return "values"
@@ -70,28 +76,55 @@ def _conv(
     site: int,
     dtype: Any,
 ) -> Any:
-    params = dict(frozen)
-    way, acts = conv_contraction(q, site), q.site(site)
-    image = None
-    if acts.activation is not None:
-        image = _code_image(x, acts.activation, params["dimension_numbers"].lhs_spec[0])
-    if way == "values":
-        x = x if image is None else image[2].astype(x.dtype)
-        return _run(x, arrange(q.matrix(x.dtype, site)), params, dtype)
-    part = q.parts[0]
-    assert isinstance(part.format, Int)
-    grid = part.grid()
-    codes, _ = integers(part.unpack(), grid, part.format)
-    scale = _along(grid.scale.astype(jnp.float32), params, q.layout.N)
-    if image is None or way == "scaled":
+    params, acts = dict(frozen), q.site(site)
+    way = conv_contraction(q, site)
+    if way == "int":
+        y = _coded_conv(x, acts, q.parts[0], arrange, frozen)
+    elif way == "scaled":
+        grid, codes = q.parts[0].grid(), _whole(q.parts[0])
         y = _run(x, arrange(codes).astype(x.dtype), params, jnp.float32)
-        return (y * scale).astype(dtype)
-    y = _run(image[0], arrange(codes), params, jnp.int32).astype(jnp.float32)
-    return (y * (scale * image[1])).astype(dtype)
+        y = y * _along(grid.scale, q.parts[0], params)
+    else:
+        image = x if acts.activation is None else _image_values(x, acts, params)
+        y = _run(image, arrange(q.matrix(x.dtype, site)), params, dtype)
+    if q.bias is not None:
+        shape = [1] * y.ndim
+        shape[params["dimension_numbers"].out_spec[1]] = -1
+        y = y + q.bias.reshape(shape).astype(y.dtype)
+    return y.astype(dtype)
 
 
 _conv.__name__ = "qconv"
 _qconv = jax.jit(_conv, static_argnums=(2, 3, 4, 5))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _coded_conv(
+    x: Any, acts: SiteActs, part: Coded, arrange: Callable[[Any], Any], frozen: Any
+) -> Any:
+    """Codes convolved with codes; the gradient is that of the values."""
+    params = dict(frozen)
+    coded, back = _code_image(x, acts, params)
+    image = back(integers(coded.codes, coded.grid, coded.format)[0])
+    y = _run(image, arrange(_whole(part)), params, jnp.int32).astype(jnp.float32)
+    spec = params["dimension_numbers"]
+    shape = [1] * x.ndim
+    shape[spec.out_spec[0]] = -1
+    images = x.shape[spec.lhs_spec[0]]
+    steps = jnp.broadcast_to(coded.grid.scale[0].astype(jnp.float32), (images,))
+    return y * steps.reshape(shape) * _along(part.grid().scale, part, params)
+
+
+@_coded_conv.defjvp
+def _coded_conv_jvp(arrange: Any, frozen: Any, primals: Any, tangents: Any) -> Any:
+    params = dict(frozen)
+
+    def values(x: Any, acts: SiteActs, part: Coded) -> Any:
+        kernel = arrange(part.decode(x.dtype))
+        return _run(_image_values(x, acts, params), kernel, params, jnp.float32)
+
+    out = _coded_conv(*primals, arrange, frozen)
+    return out, jax.jvp(values, primals, tangents)[1]
 
 
 def _run(x: Any, kernel: Any, params: dict[str, Any], dtype: Any) -> Any:
@@ -101,30 +134,35 @@ def _run(x: Any, kernel: Any, params: dict[str, Any], dtype: Any) -> Any:
     )
 
 
-def _along(scale: Any, params: dict[str, Any], features: int) -> Any:
-    """`[1, N]` or `[1, 1]` scales along the result's feature axis."""
-    spec = params["dimension_numbers"].out_spec
+def _whole(part: Coded) -> Any:
+    """int8 codes of a kernel without zero points."""
+    assert isinstance(part.format, Int)
+    return integers(part.unpack(), part.grid(), part.format)[0]
+
+
+def _along(scale: Any, part: Coded, params: dict[str, Any]) -> Any:
+    """`[1, Gn]` scales along the result's feature axis."""
+    spec, features = params["dimension_numbers"].out_spec, part.shape[1]
     shape = [1] * len(spec)
     shape[spec[1]] = features
-    cols = -(-features // scale.shape[-1])
-    return jnp.repeat(scale[0], cols)[:features].reshape(shape)
+    cols = part.format.granularity.cols or features
+    wide = jnp.repeat(scale[0].astype(jnp.float32), cols)[:features]
+    return wide.reshape(shape)
 
 
-def _code_image(x: Any, activation: Any, batch_axis: int) -> tuple[Any, Any, Any]:
-    """int8 codes, one scale per image that broadcasts over it, and the values."""
-    format = activation.format
-    images = jnp.moveaxis(x, batch_axis, 0)
-    flat = images.reshape(images.shape[0], -1).T
-    grid = format.fit(flat)
-    codes = format.to_codes(flat, grid)
+def _code_image(x: Any, acts: SiteActs, params: dict[str, Any]) -> tuple[Any, Any]:
+    """The image coded as `[features, images]`, and the way back to its own axes."""
+    axis = params["dimension_numbers"].lhs_spec[0]
+    images = jnp.moveaxis(x, axis, 0)
+    coded = code_input(images.reshape(images.shape[0], -1), acts)
 
     def back(values: Any) -> Any:
-        return jnp.moveaxis(values.T.reshape(images.shape), 0, batch_axis)
+        return jnp.moveaxis(values.T.reshape(images.shape), 0, axis)
 
-    values = back(format.from_codes(codes, grid))
-    if not isinstance(format, Int) or not format.symmetric:
-        return None, None, values
-    shape = [1] * x.ndim
-    shape[batch_axis] = -1
-    scale = jnp.broadcast_to(grid.scale[0], (images.shape[0],)).reshape(shape)
-    return back(integers(codes, grid, format)[0]), scale.astype(jnp.float32), values
+    return coded, back
+
+
+def _image_values(x: Any, acts: SiteActs, params: dict[str, Any]) -> Any:
+    """The values that the image's codes stand for, with the identity's gradient."""
+    coded, back = _code_image(x, acts, params)
+    return straight_through(x, back(coded.format.from_codes(coded.codes, coded.grid)))

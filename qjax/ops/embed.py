@@ -29,7 +29,7 @@ def embed(
     Args:
       ids: whole numbers of any shape; out of range they are clipped, or
       fill: what a row out of range becomes, if not None.
-      q: coded parts only (`q.plain`), no leading axes.
+      q: coded parts and low rank only, no leading axes.
       dtype: of the result; default the leaf's.
 
     Returns:

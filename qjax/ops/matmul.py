@@ -9,8 +9,14 @@ import jax.numpy as jnp
 
 from qjax.core.coded import Coded
 from qjax.core.formats import Float, Int
-from qjax.core.qtensor import QTensor, factor
-from qjax.ops.activations import CodedInput, code_input, contraction, integers
+from qjax.core.qtensor import QTensor, SiteActs, factor
+from qjax.ops.activations import (
+    CodedInput,
+    code_input,
+    coded_values,
+    contraction,
+    integers,
+)
 
 IMPLEMENTATIONS = ("auto", "xla")
 
@@ -21,6 +27,7 @@ def matmul(
     *,
     site: int = 0,
     dtype: Any = None,
+    weight_dtype: Any = None,
     precision: Any = None,
     implementation: str = "auto",
 ) -> jax.Array:
@@ -30,7 +37,10 @@ def matmul(
       x: `[*batch, M, K]`; the batch axes are those of `q.lead`.
       q: weight with `(K, N)`.
       site: position among the leaf's sites, for its activation record.
-      dtype: of the result; default that of `x`.
+      dtype: of the result; default that of the operands.
+      weight_dtype: of the float weight that `q` stands for; the contraction is done in
+        what it and `x` promote to. Default: that of `x`, or the leaf's if `x` is whole
+        numbers.
       precision: of the float contractions, as in `lax.dot_general`.
       implementation: "auto" or "xla" (one form so far).
 
@@ -44,8 +54,16 @@ def matmul(
         raise ValueError(
             f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}"
         )
+    x = promoted(x, q, weight_dtype)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     return _qmatmul(x, q, site, dtype, precision)
+
+
+def promoted(x: Any, q: QTensor, weight_dtype: Any) -> Any:
+    """`x` in the dtype in which it meets the weight."""
+    if weight_dtype is None:
+        weight_dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else q.dtype
+    return x.astype(jnp.promote_types(x.dtype, weight_dtype))
 
 
 def how(q: QTensor, site: int = 0) -> str:
@@ -64,10 +82,17 @@ def how(q: QTensor, site: int = 0) -> str:
 def _matmul(x: Any, q: QTensor, site: int, dtype: Any, precision: Any) -> Any:
     acts = q.site(site)
     x = x if acts.t_in is None else acts.t_in(x)
-    coded = None if acts.activation is None else code_input(x, acts)
-    x = x if coded is None else coded.decode(x.dtype)
     dot = partial(jnp.matmul, precision=precision, preferred_element_type=dtype)
-    terms = [_part(x, coded, part, dtype, dot) for part in q.parts]
+    terms = []
+    if acts.activation is not None:
+        ways = [contraction(p.format, acts.activation.format) for p in q.parts]
+        coded = [p for p, way in zip(q.parts, ways) if way != "values"]
+        terms = [_coded_product(x, acts, p, dtype, dot) for p in coded]
+        x = coded_values(x, acts)
+        values = [p for p, way in zip(q.parts, ways) if way == "values"]
+    else:
+        values = list(q.parts)
+    terms += [dot(x, part.decode(x.dtype)) for part in values]
     if q.left is not None:
         inner = jnp.matmul(x, factor(q.left, x.dtype), precision=precision)
         terms.append(dot(inner, factor(q.right, x.dtype)))
@@ -82,12 +107,22 @@ _matmul.__name__ = "qmatmul"
 _qmatmul = jax.jit(_matmul, static_argnums=(2, 3, 4))
 
 
-def _part(x: Any, coded: CodedInput | None, part: Coded, dtype: Any, dot: Any) -> Any:
-    way = contraction(part.format, coded.format if coded else None)
-    if coded is None or way == "values":
-        return dot(x, part.decode(x.dtype))
-    y = _int_dot(coded, part) if way == "int" else _float8_dot(coded, part)
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _coded_product(x: Any, acts: SiteActs, part: Coded, dtype: Any, dot: Any) -> Any:
+    """Codes contracted with codes; the gradient is that of their values."""
+    coded = code_input(x, acts)
+    whole = isinstance(part.format, Int)
+    y = _int_dot(coded, part) if whole else _float8_dot(coded, part)
     return y.astype(dtype)
+
+
+@_coded_product.defjvp
+def _coded_product_jvp(dtype: Any, dot: Any, primals: Any, tangents: Any) -> Any:
+    def values(x: Any, acts: SiteActs, part: Coded) -> Any:
+        return dot(coded_values(x, acts), part.decode(x.dtype))
+
+    out = _coded_product(*primals, dtype, dot)
+    return out, jax.jvp(values, primals, tangents)[1]
 
 
 def _groups(coded: CodedInput, part: Coded) -> int:

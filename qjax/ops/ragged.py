@@ -1,12 +1,16 @@
 """`lax.ragged_dot` with quantized experts."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from qjax.core.qtensor import QTensor
-from qjax.ops.activations import code_input
+from qjax.core.coded import Coded
+from qjax.core.formats import Int
+from qjax.core.qtensor import QTensor, SiteActs
+from qjax.ops.activations import code_input, coded_values, integers
+from qjax.ops.matmul import promoted
 
 
 def ragged_matmul(
@@ -16,42 +20,91 @@ def ragged_matmul(
     *,
     site: int = 0,
     dtype: Any = None,
+    weight_dtype: Any = None,
     precision: Any = None,
 ) -> jax.Array:
     """Rows of `x[M, K]` times the expert they belong to, `q` with `[E, K, N]`.
 
-    The XLA form decodes the experts in the activation's dtype beside the contraction;
-    a coded activation is contracted as the values it stands for.
+    With one scale per token and one per output feature, int8 meets int8 into int32.
+    Otherwise the XLA form decodes the experts beside the contraction, and a coded
+    activation is contracted as the values it stands for.
 
     Args:
       x: tokens, sorted by expert.
-      q: experts on the leading axis.
+      q: experts on the leading axis; no low rank, outliers, bias or transforms.
       group_sizes: `[E]`, tokens of each expert.
       site: position among the leaf's sites.
-      dtype: of the result; default that of `x`.
+      dtype: of the result; default that of the operands.
+      weight_dtype: as for `matmul`.
       precision: as in `lax.ragged_dot`.
 
     Returns:
       `[M, N]`.
     """
+    x = promoted(x, q, weight_dtype)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     return _qragged(x, q, group_sizes, site, dtype, precision)
+
+
+def ragged_contraction(q: QTensor, site: int) -> str:
+    """ "int" where int8 meets int8, else "values"."""
+    activation = q.site(site).activation
+    formats = [part.format for part in q.parts]
+    if activation is None or len(formats) > 1:
+        return "values"
+    plain = all(
+        isinstance(f, Int) and f.symmetric and f.granularity.rows is None
+        for f in (formats[0], activation.format)
+    )
+    return "int" if plain else "values"
 
 
 def _ragged(
     x: Any, q: QTensor, group_sizes: Any, site: int, dtype: Any, precision: Any
 ) -> Any:
     acts = q.site(site)
-    if acts.activation is not None:
-        x = code_input(x, acts).decode(x.dtype)
-    return jax.lax.ragged_dot(
-        x,
-        q.matrix(x.dtype, site),
-        group_sizes,
+    dot = partial(
+        jax.lax.ragged_dot,
+        group_sizes=group_sizes,
         precision=precision,
         preferred_element_type=dtype,
     )
+    if ragged_contraction(q, site) == "int":
+        y = _coded_ragged(x, acts, q.parts[0], group_sizes)
+        return y.astype(dtype)
+    x = x if acts.activation is None else coded_values(x, acts)
+    return dot(x, q.matrix(x.dtype, site))
 
 
 _ragged.__name__ = "qragged_matmul"
 _qragged = jax.jit(_ragged, static_argnums=(3, 4, 5))
+
+
+@jax.custom_jvp
+def _coded_ragged(x: Any, acts: SiteActs, part: Coded, sizes: Any) -> Any:
+    """Codes contracted with codes; the gradient is that of the values."""
+    coded, grid, N = code_input(x, acts), part.grid(), part.shape[1]
+    assert isinstance(coded.format, Int) and isinstance(part.format, Int)
+    tokens = integers(coded.codes, coded.grid, coded.format)[0].T
+    experts = integers(part.unpack(), grid, part.format)[0]
+    total = jax.lax.ragged_dot(
+        tokens, experts, sizes, preferred_element_type=jnp.int32
+    ).astype(jnp.float32)
+    M, E = x.shape[0], experts.shape[0]
+    owner = jnp.repeat(jnp.arange(E), sizes, total_repeat_length=M)
+    cols = part.format.granularity.cols or N
+    wide = jnp.repeat(grid.scale.astype(jnp.float32)[:, 0], cols, axis=-1)[:, :N]
+    steps = jnp.broadcast_to(coded.grid.scale.astype(jnp.float32)[0], (M,))
+    return total * steps[:, None] * wide[owner]
+
+
+@_coded_ragged.defjvp
+def _coded_ragged_jvp(primals: Any, tangents: Any) -> Any:
+    x, acts, part, sizes = primals
+
+    def values(x: Any, acts: SiteActs, part: Coded) -> Any:
+        y = jax.lax.ragged_dot(coded_values(x, acts), part.decode(x.dtype), sizes)
+        return y.astype(jnp.float32)
+
+    out = _coded_ragged(*primals)
+    return out, jax.jvp(values, (x, acts, part), tangents[:3])[1]

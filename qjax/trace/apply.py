@@ -2,18 +2,21 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import jax
 
 from qjax import ops
+from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor, Stacked, is_quantized
 from qjax.ops.conv import conv_contraction
+from qjax.ops.ragged import ragged_contraction
 from qjax.trace.contractions import Call
 from qjax.trace.control import QuantizationWarning, interpreter
 from qjax.trace.program import Program, require_loaded, trace
-from qjax.trace.views import Tracked, atom_roles
+from qjax.trace.views import Tracked, View, atom_roles
 
 
 def apply(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,9 +25,10 @@ def apply(f: Callable[..., Any]) -> Callable[..., Any]:
     `apply(f)(qparams, *inputs)` traces `f` on shapes, replaces every contraction of a
     quantized leaf by the low-bit operation, and evaluates the rest as it stands. It is
     an ordinary JAX function: jit, grad, vmap and shard it; nothing is kept between
-    calls. With float parameters it is `f` itself. A leaf that meets an operation with
-    no low-bit rule is dequantized there, with a `QuantizationWarning` that names it
-    (`qjax.sites(f, qparams, *inputs)` lists how every site runs).
+    calls, so call it under `jax.jit`. With float parameters it is `f` itself. A leaf
+    that meets an operation with no low-bit rule is dequantized there, with a
+    `QuantizationWarning` that names it (`qjax.sites(f, qparams, *inputs)` lists how
+    every site runs). Rounding of a coded activation has the gradient of the identity.
 
     Args:
       f: `f(params, *inputs)`.
@@ -85,6 +89,11 @@ def low_bit(
 def _how(call: Call, q: QTensor, site: int) -> str:
     if call.kind == "embedding":
         return f"{q.parts[0].format.name} rows, decoded after the lookup"
+    if call.kind == "ragged_dot" and ragged_contraction(q, site) == "int":
+        return ops.how(q, site)
+    if call.kind == "ragged_dot":
+        activation = "float" if q.site(site).activation is None else "coded, as floats"
+        return f"{q.parts[0].format.name}, activations {activation}"
     if call.kind == "conv":
         ways = {
             "int": "int8 convolved into int32",
@@ -103,14 +112,40 @@ def refusal(q: QTensor | Stacked, weight: Tracked, call: Call) -> str:
     pairs = zip(coded, used, weight.view.atoms)
     if any(a != b for a, b, size in pairs if size != 1):
         return f"coded with axes {coded!r}, used with axes {used!r}"
-    if call.kind != "dot" and not q.plain:
-        return f"low rank, outliers, bias or transforms in a {call.kind} site"
+    extra = _extra(q, call)
+    if extra:
+        return f"{extra} in a {call.kind} site"
     if call.kind == "embedding" and q.lead:
         return "an embedding with leading axes"
     whole = len(set(weight.view.owner)) == len(weight.view.owner)
     if "b" in used and not whole:
         return "batched axes were reshaped"
     return ""
+
+
+def _extra(q: QTensor, call: Call) -> str:
+    """Parts of a leaf that the operation of this kind of site does not take."""
+    found = {
+        "low rank": q.left is not None and call.kind != "embedding",
+        "outliers": q.sparse is not None,
+        "a bias": q.bias is not None and call.kind != "conv",
+        "transforms": q.moved,
+    }
+    if call.kind == "dot":
+        return ""
+    return ", ".join(name for name, there in found.items() if there)
+
+
+@dataclass(frozen=True)
+class Arrange:
+    """A kernel's matrix `[K, N]` to the axes that its convolution sees."""
+
+    view: View
+    layout: Layout
+
+    def __call__(self, matrix: Any) -> Any:
+        """The kernel."""
+        return self.view.of_array(self.layout.from_matrix(matrix))
 
 
 def _dot(eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int) -> Any:
@@ -120,13 +155,13 @@ def _dot(eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int) 
         weight.value,
         site=site,
         dtype=out.dtype,
+        weight_dtype=weight.dtype,
         precision=eqn.params["precision"],
     )
     return call.finish(y)
 
 
 def _conv(eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int) -> Any:
-    q, view = weight.value, weight.view
     names = (
         "window_strides",
         "padding",
@@ -137,13 +172,10 @@ def _conv(eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int)
         "precision",
     )
 
-    def arrange(matrix: Any) -> Any:
-        return view.of_array(q.layout.from_matrix(matrix))
-
     return ops.conv(
         operands[0],
-        q,
-        arrange,
+        weight.value,
+        Arrange(weight.view, weight.value.layout),
         {name: eqn.params[name] for name in names},
         site=site,
         dtype=eqn.outvars[0].aval.dtype,
@@ -159,6 +191,7 @@ def _ragged(
         operands[2],
         site=site,
         dtype=eqn.outvars[0].aval.dtype,
+        weight_dtype=weight.dtype,
         precision=eqn.params["precision"],
     )
 

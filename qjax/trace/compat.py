@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+import jax
 from jax._src import source_info_util
 from jax.extend import core
 
@@ -54,6 +55,17 @@ def call_body(eqn: Any) -> tuple[Any, Sequence[Any]]:
         if field in eqn.params:
             return body(eqn.params[field])
     raise KeyError(f"primitive {eqn.primitive.name} has no body under a known name")
+
+
+def shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
+    """Where a jit equation asks for its operands and results; None: anywhere."""
+
+    def known(name: str, count: int) -> list[Any]:
+        asked = eqn.params.get(name, (None,) * count)
+        return [s if isinstance(s, jax.sharding.Sharding) else None for s in asked]
+
+    ins = known("in_shardings", len(eqn.invars))
+    return ins, known("out_shardings", len(eqn.outvars))
 
 
 def remat_options(eqn: Any) -> dict[str, Any]:

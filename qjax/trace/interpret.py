@@ -59,7 +59,7 @@ class Body:
     everything: bool = False
     cache: dict[Any, Any] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
-    counts: dict[int, int] = field(default_factory=dict)
+    counts: dict[Any, int] = field(default_factory=dict)
 
     def run(
         self,
@@ -73,7 +73,7 @@ class Body:
         env |= dict(zip(jaxpr.invars, args))
         known = sources or [("arg", i) for i in range(len(args))]
         self.sources = dict(zip(jaxpr.invars, known))
-        self.counts = {x.leaf: x.base for x in parameters_of(args)}
+        self.counts = {key_of(x): x.base for x in parameters_of(args)}
         for number, eqn in enumerate(jaxpr.eqns):
             operands = [v.val if compat.is_literal(v) else env[v] for v in eqn.invars]
             with compat.context(eqn):
@@ -129,9 +129,13 @@ class Body:
         )
 
     def _join(self, eqn: Any, operands: list[Any]) -> Any:
-        if all(isinstance(x, Tracked) for x in operands):
-            return Joined(tuple(operands), eqn.params["dimension"])
-        return self._other_use(eqn, operands, "joined with an activation")[0]
+        pieces: list[Any] = []
+        for x in operands:
+            same = isinstance(x, Joined) and x.axis == eqn.params["dimension"]
+            pieces += x.pieces if same else (x,)
+        if any(isinstance(x, Joined) for x in pieces):
+            return self._other_use(eqn, operands, "joined along two axes")[0]
+        return Joined(tuple(pieces), eqn.params["dimension"])
 
     def _follow(self, eqn: Any, kind: str, operands: list[Any]) -> Any:
         source, rest = operands[0], [as_array(x) for x in operands[1:]]
@@ -152,8 +156,8 @@ class Body:
         call = read_call(eqn, weight, position)
         if isinstance(call, str):
             return self._other_use(eqn, operands, call)[0]
-        site = self.counts.get(weight.leaf, 0)
-        self.counts[weight.leaf] = site + 1
+        site = self.counts.get(key_of(weight), 0)
+        self.counts[key_of(weight)] = site + 1
         output, runs = self.rule(eqn, call, weight, operands, site)
         self.events.append(
             Event(
@@ -174,7 +178,10 @@ class Body:
         return output
 
     def _contract_joined(self, eqn: Any, operands: list[Any], position: int) -> Any:
-        """`x @ [a, b, c]` as `[x @ a, x @ b, x @ c]`; leaves keep their formats."""
+        """`x @ [a, b, c]` as `[x @ a, x @ b, x @ c]`; leaves keep their formats.
+
+        Pieces that are no parameter in low bits stay as they are.
+        """
         joined: Joined = operands[position]
         if eqn.primitive.name != "dot_general":
             return self._other_use(eqn, operands, "a joined parameter")[0]
@@ -193,7 +200,9 @@ class Body:
         for piece in joined.pieces:
             one = _with_piece(eqn, operands, position, piece, axis)
             given = [*operands[:position], piece, *operands[position + 1 :]]
-            outputs.append(as_array(self._contract(one, given)))
+            tracked = isinstance(piece, Tracked)
+            y = self._contract(one, given) if tracked else compat.bind(one, given)[0]
+            outputs.append(as_array(y))
         return jnp.concatenate(outputs, axis=axis)
 
     def _other_use(self, eqn: Any, operands: list[Any], reason: str) -> list[Any]:
@@ -215,17 +224,24 @@ class Body:
     def renumber(self, operands: Sequence[Any]) -> list[Any]:
         """Operands of a nested body: a leaf is known there by its position.
 
-        Nothing else about the leaf enters, so that equal layers share one trace.
+        Nothing else about the leaf enters, so that equal layers share one trace. A
+        leaf that is given twice keeps its first position, since its sites are counted
+        together.
         """
+        numbers: dict[Any, Any] = {}
 
         def inside(x: Tracked, number: Any) -> Tracked:
             several = isinstance(x.value, QTensor) and len(x.value.acts) > 1
-            base = self.counts.get(x.leaf, 0) if several else 0
+            base = self.counts.get(key_of(x), 0) if several else 0
+            number = numbers.setdefault(key_of(x), number)
             return replace(x, leaf=number, base=base, picks=())
 
         def one(x: Any, i: int) -> Any:
             if isinstance(x, Joined):
-                pieces = (inside(p, (i, j)) for j, p in enumerate(x.pieces))
+                pieces = (
+                    inside(p, (i, j)) if isinstance(p, Tracked) else p
+                    for j, p in enumerate(x.pieces)
+                )
                 return replace(x, pieces=tuple(pieces))
             return inside(x, i) if isinstance(x, Tracked) else x
 
@@ -253,11 +269,12 @@ class Body:
             changes: dict[str, Any] = {"source": source}
             if event.leaf is not None:
                 outer, inner = (piece(x, event.leaf) for x in (operands, renamed))
-                changes |= {"leaf": outer.leaf, "picks": outer.picks + event.picks}
+                picks = outer.picks + event.picks
+                key = outer.leaf, picks
+                changes |= {"leaf": outer.leaf, "picks": picks}
                 if event.kind != "other":
-                    index = event.index - inner.base + offsets.get(outer.leaf, 0)
-                    seen = max(self.counts.get(outer.leaf, 0), index + 1)
-                    self.counts[outer.leaf] = seen
+                    index = event.index - inner.base + offsets.get(key, 0)
+                    self.counts[key] = max(self.counts.get(key, 0), index + 1)
                     changes["index"] = index
             groups = (tuple(piece(operands, i).leaf for i in g) for g in event.groups)
             self.events.append(replace(event, **changes, groups=tuple(groups)))
@@ -290,6 +307,11 @@ def _with_piece(
     return _Piece(eqn.primitive, eqn.params, invars, [aval])
 
 
+def key_of(x: Tracked) -> Any:
+    """Sites are counted for each leaf and, where layers are indexed, each layer."""
+    return x.leaf, x.picks
+
+
 def piece(operands: Sequence[Any], number: Any) -> Tracked:
     """The parameter that a nested body knows by `number`."""
     if isinstance(number, tuple):
@@ -302,7 +324,7 @@ def parameters_of(values: Sequence[Any]) -> list[Tracked]:
     found: list[Tracked] = []
     for value in values:
         if isinstance(value, Joined):
-            found += value.pieces
+            found += [p for p in value.pieces if isinstance(p, Tracked)]
         elif isinstance(value, Tracked):
             found.append(value)
     return found

@@ -43,7 +43,9 @@ def layer_names(
     """
     names: list[tuple[str, str]] = [("", path)]
     for length, group in zip(stacked, groups):
-        depth = _shared_depth([*group, path])
+        # A leaf scanned alone shares its whole path with itself.
+        inside = max(1, path.count("/"))
+        depth = min(_shared_depth([*group, path]), inside)
         names = [
             (f"{head}{front}{i}/", back)
             for head, tail in names

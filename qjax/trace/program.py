@@ -1,5 +1,6 @@
 """A function traced once, with its parameters known by path."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.lazy import LazyLeaf
-from qjax.core.qtensor import is_quantized
+from qjax.core.qtensor import QTensor, is_quantized
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.views import Tracked, View
 
@@ -58,9 +59,13 @@ def trace(
 
     Quantized and lazy leaves are traced as `ShapeDtypeStruct`s of the float leaf, so
     that `f` never sees them. `inputs` may be arrays, tracers, shapes or nested
-    containers of them; what is no array (None, strings) is given to `f` as it is.
+    containers of them; what is no array (numbers, strings) is given to `f` as it is.
+
+    Raises:
+        ValueError: two leaves have the same path.
     """
-    named = flatten_with_paths(params)
+    named = [(path, _settled(x)) for path, x in flatten_with_paths(params)]
+    _check_paths([path for path, _ in named])
     tree = jax.tree.structure(params, is_leaf=is_quantized)
     flat, input_tree = jax.tree.flatten((tuple(inputs), options or {}))
     moving = [i for i, x in enumerate(flat) if is_arraylike(x)]
@@ -89,11 +94,24 @@ def trace(
     )
 
 
+def _settled(leaf: Any) -> Any:
+    if isinstance(leaf, QTensor):
+        return leaf.settled()
+    return leaf if hasattr(leaf, "shape") else jnp.asarray(leaf)
+
+
+def _check_paths(paths: Sequence[str]) -> None:
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"two leaves of the parameters have the path {twice[0]!r}; their keys must "
+            "differ as text"
+        )
+
+
 def is_arraylike(x: Any) -> bool:
-    """Whether JAX traces a value: arrays, shapes and numbers, not strings."""
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return True
-    return isinstance(x, (int, float, complex)) and not isinstance(x, bool)
+    """Whether a value is an array or the shape of one."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def abstract(leaf: Any) -> Any:

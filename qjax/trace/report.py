@@ -40,9 +40,9 @@ def summary(found: "Sites") -> str:
 
 
 def _row(site: "Site") -> tuple[str, ...]:
-    sizes = f"{site.K} x {site.N}" if site.path else ""
+    sizes = f"{site.K} x {site.N}" if site.layout else ""
     experts = "".join(f"{n} experts " for n in site.experts)
     layers = " x ".join(map(str, site.stacked))
-    name = site.path or "(activations)"
+    name = "(activations)" if site.kind == "activation" else site.path
     number = str(site.input)
     return name, site.kind, sizes, experts + layers, str(site.M), number, site.runs

@@ -8,11 +8,11 @@ import jax
 from jax.sharding import PartitionSpec
 
 from qjax.core.layout import Layout
-from qjax.core.qtensor import QTensor
-from qjax.core.sharding import localize, partition_specs
+from qjax.core.qtensor import QTensor, Stacked
+from qjax.core.sharding import localize, obstacle, partition_specs
 from qjax.trace import compat
 from qjax.trace.interpret import Body, Event
-from qjax.trace.views import Tracked, View
+from qjax.trace.views import Joined, Tracked, View
 
 
 def enter_shard_map(
@@ -27,10 +27,9 @@ def enter_shard_map(
     jaxpr, consts = compat.call_body(eqn)
     mesh, specs = p["mesh"], tuple(p["in_specs"])
     plain: list[Any] = []
-    for x in operands:
-        enters = isinstance(x, Tracked) and _enters(x)
-        flat = [x] if enters else outer.as_floats("shard_map", [x], "enters shard_map")
-        plain += flat
+    for x, spec in zip(operands, specs):
+        reason = _obstacle(x, spec, mesh)
+        plain += outer.as_floats("shard_map", [x], reason) if reason else [x]
     given = outer.renumber(plain)
     events: list[Any] = []
 
@@ -67,8 +66,17 @@ def _whole(event: Event, operands: Sequence[Any]) -> Event:
     return replace(event, layout=Layout(roles, sizes), lead=lead)
 
 
-def _enters(x: Tracked) -> bool:
-    return x.view.identity and (not x.quantized or isinstance(x.value, QTensor))
+def _obstacle(x: Any, spec: PartitionSpec, mesh: Any) -> str:
+    """Why a value enters as a float array; empty if it may stay what it is."""
+    if isinstance(x, Joined):
+        return "joined before it enters shard_map"
+    if not isinstance(x, Tracked):
+        return ""
+    if not x.view.identity:
+        return "reshaped before it enters shard_map"
+    if isinstance(x.value, Stacked):
+        return "layers of several formats enter shard_map"
+    return obstacle(x.value, spec, mesh) if isinstance(x.value, QTensor) else ""
 
 
 def _specs(x: Any, spec: PartitionSpec, mesh: Any) -> Any:

@@ -99,7 +99,7 @@ class Sites:
     @property
     def weights(self) -> tuple[Site, ...]:
         """The sites that have a leaf."""
-        return tuple(s for s in self.sites if s.path)
+        return tuple(s for s in self.sites if s.kind != "activation")
 
 
 def sites(f: Callable[..., Any], params: Any, *example: Any, **options: Any) -> Sites:

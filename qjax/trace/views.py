@@ -189,6 +189,11 @@ class Tracked:
         """The value as a float array."""
         if not self.quantized:
             return self.value
+        if isinstance(self.value, QTensor) and self.value.bias is not None:
+            raise ValueError(
+                f"a leaf of shape {self.value.shape} with a correction bias meets an "
+                "operation without a low-bit rule; decoding it would lose the bias"
+            )
         leaf = qdequantize(self.value, self.dtype)
         return self.view.of_array(leaf)
 

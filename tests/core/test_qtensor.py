@@ -248,3 +248,38 @@ def test_shards_that_cut_groups_or_words_are_refused():
     heads = QTensor.of(encode(w, Int(4)), Layout("knn", (256, 4, 16)), w.dtype)
     with pytest.raises(ValueError, match="only the first may be sharded"):
         partition_specs(heads, P(None, None, "n"), mesh())
+
+
+def test_stacked_formats_and_transforms_shard():
+    w = normal(0, 4, 256, 64)
+    layout = Layout("kn", (256, 64))
+    acts = (SiteActs(t_in=Diagonal(jnp.ones((2, 256)))),)
+    first = QTensor.of(encode(w[:2], INT4), layout, w.dtype, acts)
+    second = QTensor.of(encode(w[2:], Int(8)), layout, w.dtype)
+    placed = shard(
+        Stacked((first, second), ((0, 2), (2, 4))), P(None, "k", "n"), mesh()
+    )
+    assert placed.parts[0].parts[0].codes.sharding.spec == P(None, "k", "n")
+    want = jnp.concatenate([first.dequantize(), second.dequantize()])
+    chex.assert_trees_all_close(placed.dequantize(), want)
+
+
+def test_shard_map_decodes_what_it_cannot_split_and_says_so():
+    from qjax.trace import QuantizationWarning
+
+    w, x = normal(0, 64, 2, 8), normal(1, 4, 64)
+    layout = Layout("knn", w.shape)
+    q = QTensor.of(encode(layout.to_matrix(w), INT4), layout, w.dtype)
+
+    def heads(p, x):
+        return jax.shard_map(
+            lambda p, x: jnp.einsum("mk,khd->mhd", x, p),
+            mesh=mesh(),
+            in_specs=(P(None, None, "n"), P()),
+            out_specs=P(None, None, "n"),
+        )(p, x)
+
+    with pytest.warns(QuantizationWarning, match="inner axis"):
+        got = apply(heads)(q, x)
+    want = jnp.einsum("mk,khd->mhd", x, q.dequantize())
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)

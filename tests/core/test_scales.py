@@ -78,6 +78,25 @@ def test_absmax_makes_an_asymmetric_range_symmetric():
     np.testing.assert_allclose(scale, 2 * np.abs(W).max(0) / 15, rtol=1e-6)
 
 
+@pytest.mark.parametrize("power", [-90, 90])
+def test_mse_search_does_not_depend_on_magnitude(power):
+    format, factor = Int(3, group(16)), np.float32(2.0**power)
+    fit = jax.jit(lambda w: format.fit(w, MSE()).scale)
+    np.testing.assert_array_equal(fit(jnp.asarray(W * factor)), fit(W) * factor)
+    assert (fit(W) != scale_of(format)).any()
+
+
+def test_scales_below_the_smallest_number_are_raised_to_it():
+    counts = np.random.default_rng(1).integers(-40, 41, (48, 5))
+    for dtype, unit in ((jnp.float16, 2.0**-24), (jnp.float32, 2.0**-126)):
+        w = (counts * unit).astype(dtype)
+        part = coded(Int(8), w)
+        np.testing.assert_array_equal(part.scale.astype(jnp.float32), unit)
+        np.testing.assert_array_equal(part.decode(dtype), w)
+    zeros = coded(Int(8), np.zeros((48, 5), np.float32))
+    np.testing.assert_array_equal(zeros.scale, np.finfo(np.float32).eps)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_mse_search_is_brute_force(weighted):
     importance = np.linspace(0.1, 3, 48).astype(np.float32) if weighted else np.ones(48)
@@ -130,8 +149,18 @@ def test_stochastic_rounding_is_unbiased_and_needs_a_key():
         encode(jnp.asarray(W), Int(4), rounding="up")
 
 
+def untyped(kind: type, **fields) -> None:
+    """A format's own checks, without those of annotations that run under pytest."""
+    format = object.__new__(kind)
+    for name, value in fields.items():
+        object.__setattr__(format, name, value)
+    format.__post_init__()
+
+
 BAD = [
-    (lambda: Int(9), "Int.bits is 9; it must be 1 to 8"),
+    (lambda: Int(9), "Int.bits is 9; it must be a whole number from 1 to 8"),
+    (lambda: untyped(Int, bits=4.0), r"Int.bits is 4\.0; it must be a whole number"),
+    (lambda: Int(True), "Int.bits is True; it must be a whole number"),
     (lambda: Int(1), r"Int\(bits=1, symmetric=True\)"),
     (
         lambda: Int(4, symmetric=True, zero="int"),
@@ -148,8 +177,13 @@ BAD = [
     (lambda: Codebook((1.0,)), "Codebook.levels has 1 levels"),
     (lambda: Codebook((0.0, 0.0)), "one must differ from zero"),
     (lambda: Codebook(None), "learned levels need 1 to 8 bits"),
+    (
+        lambda: untyped(Codebook, levels=None, bits=3.0),
+        r"Codebook.bits is 3\.0; learned levels need",
+    ),
     (lambda: Codebook("nf4", bits=3), "16 levels take 4 bits"),
     (lambda: Codebook(double_quant=0), "Codebook.double_quant is 0"),
+    (lambda: untyped(Codebook, double_quant=256.0), r"Codebook.double_quant is 256\.0"),
     (lambda: Granularity(0, 1), "Granularity.rows is 0"),
     (lambda: group(True), "Granularity.rows is True"),
     (lambda: Percentile(40.0), "Percentile.p is 40.0"),

@@ -254,8 +254,9 @@ def test_an_existing_folder_is_replaced_only_on_request(tmp_path: Path):
     save(tmp_path / "link", {"x": jnp.full(1, 2.0)}, overwrite=True)
     assert restore(tmp_path / "m")["x"] == 2
     (tmp_path / "photos").mkdir()
-    with pytest.raises(FileExistsError, match="not saved by qjax"):
-        save(tmp_path / "photos", {"x": jnp.ones(1)}, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="not saved by qjax, so it is never"):
+            save(tmp_path / "photos", {"x": jnp.ones(1)}, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("storage", ["safetensors", "orbax"])

@@ -14,7 +14,14 @@ from qjax.core.formats import Int
 from qjax.core.layout import Layout
 from qjax.core.lazy import LazyLeaf
 from qjax.core.qtensor import QTensor
-from qjax.io.checkpoint import MANIFEST, _digest_of, read_manifest, restore, save
+from qjax.io.checkpoint import (
+    MANIFEST,
+    _digest_of,
+    holds_quantized,
+    read_manifest,
+    restore,
+    save,
+)
 
 
 def quantized() -> QTensor:
@@ -149,6 +156,21 @@ def test_bad_arguments_are_named(tmp_path: Path):
         save(tmp_path / "m", {}, files={MANIFEST: __file__})
     with pytest.raises(TypeError, match="leaf x is uint4, which Orbax cannot hold"):
         save(tmp_path / "m", {"x": jnp.ones(2, jnp.uint4)}, format="orbax")
+
+
+@pytest.mark.parametrize("storage", ["safetensors", "orbax"])
+def test_the_name_that_safetensors_keeps_is_refused(tmp_path: Path, storage: str):
+    with pytest.raises(ValueError, match="root has the key '__metadata__'"):
+        save(tmp_path / "m", {"__metadata__": np.ones(2)}, format=storage)
+    assert list(tmp_path.iterdir()) == []
+    below = {"a": {"__metadata__": np.ones(2, np.float32)}}
+    back = restore(save(tmp_path / "m", below, format=storage))
+    np.testing.assert_array_equal(back["a"]["__metadata__"], np.ones(2))
+
+
+def test_whether_a_folder_is_quantized(saved: Path):
+    assert holds_quantized(saved)
+    assert not holds_quantized(save(saved.parent / "n", {"w": np.ones(2)}))
 
 
 def test_a_lazy_leaf_must_be_what_it_announced(tmp_path: Path):

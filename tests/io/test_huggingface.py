@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from qjax.core.lazy import LazyLeaf
-from qjax.io.huggingface import load_model, load_shell
+from qjax.io.huggingface import load_model, load_shell, load_weights
 from qjax.models import llama
 from qjax.models.fields import Fields
 
@@ -158,8 +158,8 @@ def test_every_device_gets_its_slice(folder: Path, scan_layers: bool):
 def test_shell_needs_no_weights(folder: Path):
     f, _, _, config = load_model(folder)
     (folder / "model.safetensors").unlink()
-    shell, tokenizer, same = load_shell(folder)
-    assert (tokenizer, same, shell.head) == (None, config, f.head)
+    shell, same = load_shell(folder)
+    assert (same, shell.head) == (config, f.head)
 
 
 def test_a_bare_models_names(folder: Path):
@@ -297,7 +297,13 @@ def test_wrong_shape(folder: Path, scan_layers: bool):
 
 @pytest.mark.parametrize(
     "header",
-    [b"not json at all", b"[]", b'{"a": 3}', b'{"a": {"dtype": "F32", "shape": [2]}}'],
+    [
+        b"not json at all",
+        b"[]",
+        b'{"a": 3}',
+        b'{"a": {"dtype": "F32", "shape": [2]}}',
+        b'{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}',
+    ],
 )
 def test_corrupted_header(folder: Path, header: bytes):
     file = folder / "model.safetensors"
@@ -327,6 +333,16 @@ def test_unknown_dtype(folder: Path):
     file.write_bytes(file.read_bytes().replace(b'"F32"', b'"Z32"'))
     with pytest.raises(ValueError, match="has dtype Z32, supported are F64"):
         load_model(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("text", ["{}", "[]", "garbage", '{"added_tokens": []}'])
+def test_a_damaged_tokenizer_is_named(folder: Path, text: str):
+    (folder / "tokenizer.json").write_text(text)
+    message = r"tokenizer\.json is not a tokenizer that can be read \(.+: .+\)$"
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+    load_weights(folder)
 
 
 def test_old_bert_names_of_norms():

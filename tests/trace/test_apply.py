@@ -158,3 +158,77 @@ def test_lazy_leaf_is_refused_by_name():
     lazy = {"deep": [LazyLeaf((64, 64), jnp.float32, lambda: w)]}
     with pytest.raises(TypeError, match="deep/0 is still on disk"):
         apply(lambda p, x: x @ p["deep"][0])(lazy, x)
+
+
+def test_whole_number_activations_meet_the_float_weight():
+    def f(p, x):
+        return jax.lax.dot_general(
+            x, p, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    whole = jnp.arange(2 * 64).reshape(2, 64)
+    close(apply(f)(q, whole), f(floats, whole), rtol=1e-4, atol=1e-3)
+
+
+def test_numbers_reach_the_function_as_they_are():
+    def f(p, x, times):
+        for _ in range(times):
+            x = x @ p["w"] * p["s"]
+        return x
+
+    close(
+        apply(f)({"w": q, "s": 0.5}, x, 2),
+        f({"w": floats, "s": 0.5}, x, 2),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_leaves_with_one_path_are_refused():
+    with pytest.raises(ValueError, match="path 'a/b'"):
+        apply(lambda p, x: x @ p["a/b"])({"a/b": q, "a": {"b": q}}, x)
+
+
+def test_float_leaf_joined_with_quantized_ones():
+    def f(p, x):
+        return x @ jnp.concatenate([p["q"], p["v"]], axis=1)
+
+    text = str(jax.make_jaxpr(apply(f))({"q": q, "v": w[:, :8]}, x))
+    assert "qmatmul" in text
+    assert "qdequantize" not in text
+    got = apply(f)({"q": q, "v": w[:, :8]}, x)
+    close(got, f({"q": floats, "v": w[:, :8]}, x), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_vmap_and_index():
+    experts = normal(3, 64, 64)
+    layout = Layout("bkn", (0, 64, 64))
+    leaf = QTensor.of(encode(experts, INT4), layout, experts.dtype)
+    got = jax.vmap(apply(lambda p, x: x @ p), in_axes=(0, None))(leaf, x)
+    close(got, jnp.einsum("mk,ekn->emn", x, leaf.dequantize()), rtol=1e-4, atol=1e-4)
+    close(leaf[1].dequantize(), leaf.dequantize()[1])
+    with pytest.raises(IndexError, match="leading axes"):
+        leaf[1][0]
+
+
+def test_bias_is_never_lost_in_silence():
+    biased = QTensor.of(q.parts, q.layout, q.dtype, bias=jnp.ones(64))
+    close(apply(lambda p, x: x @ p)(biased, x), x @ floats + 1, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="would lose the bias"):
+        apply(lambda p, x: x * p[:5])(biased, x)
+
+
+def test_nested_jit_keeps_its_shardings():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d"))
+    inner = jax.jit(lambda w, x: x @ w, out_shardings=place)
+    y = jax.jit(apply(lambda p, x: inner(p, x)))(q, x)
+    assert y.sharding.is_equivalent_to(place, 2)
+
+
+def test_leaf_scanned_alone_is_named_as_unrolled():
+    def f(p, x):
+        return jax.lax.scan(lambda h, w: (h @ w, None), x, p["layers"]["w"])[0]
+
+    (site,) = sites(f, {"layers": {"w": normal(3, 64, 64)}}, x).sites
+    assert site.names == ("layers/0/w", "layers/1/w", "layers/2/w")
