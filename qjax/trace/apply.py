@@ -61,7 +61,7 @@ def _warn(program: Program, events: list[Any]) -> None:
     found = dict.fromkeys(
         f"{program.paths[e.leaf]} is {e.runs}"
         for e in events
-        if e.leaf is not None and e.runs.startswith("dequantized")
+        if e.leaf is not None and e.runs.startswith(("dequantized", "not placed"))
     )
     for message in found:
         warnings.warn(message, QuantizationWarning, stacklevel=3)

@@ -17,7 +17,7 @@ from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor
 from qjax.trace import compat
 from qjax.trace.contractions import CONTRACTIONS, Call, read_call
-from qjax.trace.views import LAYOUT, Joined, Tracked, View, as_array, follow
+from qjax.trace.views import LAYOUT, PLACEMENT, Joined, Tracked, View, as_array, follow
 
 Source = tuple[Any, ...]
 """Identity of a value inside one body: equal sources are equal activations."""
@@ -143,6 +143,12 @@ class Body:
         if moved is None:
             return self._other_use(eqn, operands, f"reshaped by {kind}")[0]
         if source.quantized:
+            if kind in PLACEMENT:
+                # The arrays of the leaf stay where they are; that must not be silent.
+                runs = f"not placed: {kind} on a quantized leaf has no effect"
+                self.events.append(
+                    Event(source.leaf, "other", kind, runs, picks=source.picks)
+                )
             return moved
         return replace(moved, value=compat.bind(eqn, [source.value, *rest])[0])
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor, Stacked, is_quantized
 
-IDENTITY = frozenset({"copy", "copy_p", "sharding_constraint", "reshard", "mesh_cast"})
+PLACEMENT = frozenset({"sharding_constraint", "reshard", "mesh_cast"})
+IDENTITY = PLACEMENT | {"copy", "copy_p"}
 VARYING = frozenset({"pvary", "pcast", "pbroadcast"})
 LAYOUT = (
     IDENTITY

@@ -232,3 +232,18 @@ def test_leaf_scanned_alone_is_named_as_unrolled():
 
     (site,) = sites(f, {"layers": {"w": normal(3, 64, 64)}}, x).sites
     assert site.names == ("layers/0/w", "layers/1/w", "layers/2/w")
+
+
+def test_placement_of_a_quantized_leaf_is_not_ignored_in_silence():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+
+    def f(p, x):
+        return x @ jax.lax.with_sharding_constraint(p["w"], place)
+
+    with pytest.warns(QuantizationWarning, match="w is not placed"):
+        got = apply(f)({"w": q}, x)
+    close(got, x @ floats, rtol=1e-4, atol=1e-4)
+    found = sites(f, {"w": q}, x)
+    assert found.weights[0].runs.startswith("low-bit")
+    assert [use.path for use in found.other_uses] == ["w"]
