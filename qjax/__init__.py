@@ -10,6 +10,7 @@
 (2, 64)
 """
 
+from qjax.allocate import MixedPrecision
 from qjax.core.formats import (
     MX,
     NVFP4,
@@ -24,36 +25,107 @@ from qjax.core.formats import (
     tensor,
     token,
 )
+from qjax.core.histogram import Histogram, Quantile
 from qjax.core.lazy import LazyLeaf
 from qjax.core.qtensor import Activation, QTensor, Stacked, dequantize, is_quantized
+from qjax.core.ranges import (
+    KLRange,
+    MinMaxRange,
+    MovingAverageRange,
+    MSERange,
+    PercentileRange,
+)
+from qjax.core.reservoir import Reservoir
 from qjax.core.sharding import partition_specs, shard
+from qjax.core.statistics import (
+    AbsMaximum,
+    Cross,
+    Hessian,
+    Mean,
+    MeanAbs,
+    MovingRange,
+    Range,
+    SecondMoment,
+)
 from qjax.io.checkpoint import restore, save
 from qjax.io.huggingface import load_model
-from qjax.methods import HQQ, RTN
+from qjax.methods import (
+    AWQ,
+    EETQ,
+    GPTAQ,
+    GPTQ,
+    HQQ,
+    QEP,
+    RPTQ,
+    RTN,
+    BiasCorrection,
+    CrossLayerEqualization,
+    IMatrix,
+    LLMInt8,
+    SequentialMSE,
+    SimplePTQ,
+    SmoothQuant,
+    ZeroQuant,
+)
 from qjax.models.functional import functional
+from qjax.observe import observe
+from qjax.on_the_fly import load_quantized
 from qjax.quantize import quantize, quantize_with_report
+from qjax.recipe_files import read_recipe, write_recipe
 from qjax.schemes import scheme
 from qjax.trace import QuantizationWarning, Site, Sites, apply, sites
+from qjax.zeroquant_search import search_zeroquant
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWQ",
+    "EETQ",
+    "GPTAQ",
+    "GPTQ",
     "HQQ",
     "MX",
     "NVFP4",
+    "QEP",
+    "RPTQ",
     "RTN",
+    "AbsMaximum",
     "Activation",
+    "BiasCorrection",
     "Binary",
     "Codebook",
+    "Cross",
+    "CrossLayerEqualization",
     "Float",
+    "Hessian",
+    "Histogram",
+    "IMatrix",
     "Int",
+    "KLRange",
+    "LLMInt8",
     "LazyLeaf",
+    "MSERange",
+    "Mean",
+    "MeanAbs",
+    "MinMaxRange",
+    "MixedPrecision",
+    "MovingAverageRange",
+    "MovingRange",
+    "PercentileRange",
     "QTensor",
+    "Quantile",
     "QuantizationWarning",
+    "Range",
+    "Reservoir",
+    "SecondMoment",
+    "SequentialMSE",
+    "SimplePTQ",
     "Site",
     "Sites",
+    "SmoothQuant",
     "Stacked",
     "Ternary",
+    "ZeroQuant",
     "apply",
     "block",
     "channel",
@@ -62,14 +134,19 @@ __all__ = [
     "group",
     "is_quantized",
     "load_model",
+    "load_quantized",
+    "observe",
     "partition_specs",
     "quantize",
     "quantize_with_report",
+    "read_recipe",
     "restore",
     "save",
     "scheme",
+    "search_zeroquant",
     "shard",
     "sites",
     "tensor",
     "token",
+    "write_recipe",
 ]

@@ -1,8 +1,9 @@
 """Recipes by short names, for the command line and for tables.
 
-`rtn-int4-g64` and `hqq-int4-g64` (any bits, any group size), the formats of
-`FORMATS`, and every scheme by its own name (`W4A16`, `FP8_DYNAMIC`, ...), which then
-is rounded to nearest.
+`rtn-int4-g64`, `hqq-int4-g64`, `gptq-int4-g128` and `awq-int4-g128` (any bits, any
+group size), `smoothquant-w8a8`, the formats of `FORMATS`, and every scheme by its own
+name (`W4A16`, `FP8_DYNAMIC`, ...), which then is rounded to nearest. GPTQ, AWQ and
+SmoothQuant need calibration data.
 """
 
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qjax.core.formats import Float, Int, channel, group
-from qjax.methods import HQQ, RTN
+from qjax.methods import AWQ, GPTQ, HQQ, RTN, SmoothQuant
 from qjax.schemes import SCHEMES
 
 
@@ -32,7 +33,7 @@ FORMATS: dict[str, Named] = {
     "mxfp4a16": Named("mxfp4a16", "MXFP4", RTN(scheme="MXFP4A16")),
     "nvfp4a16": Named("nvfp4a16", "NVFP4", RTN(scheme="NVFP4A16")),
 }
-INTEGER = re.compile(r"(rtn|hqq)-int(\d+)-g(\d+)")
+INTEGER = re.compile(r"(rtn|hqq|gptq|awq)-int(\d+)-g(\d+)")
 
 # What `qjax compare` runs beside full precision unless told otherwise.
 COMPARED: tuple[str, ...] = (
@@ -49,8 +50,8 @@ COMPARED: tuple[str, ...] = (
 def named(name: str) -> Named:
     """The recipe of a short name, in any case of letters.
 
-    Both methods of an integer name use asymmetric codes, RTN with integer and HQQ with
-    float zero points, so that they differ in the method alone.
+    All methods of an integer name use asymmetric codes, HQQ with float and the others
+    with integer zero points, so that they differ in the method alone.
 
     >>> named("HQQ-int3-g64").recipe.bits
     3
@@ -62,13 +63,16 @@ def named(name: str) -> Named:
     key = name.strip().lower()
     if found := INTEGER.fullmatch(key):
         return _integer(key, found[1].upper(), int(found[2]), int(found[3]))
+    if key == "smoothquant-w8a8":
+        return Named(key, "SmoothQuant W8A8", (SmoothQuant(), RTN("W8A8")))
     if key in FORMATS:
         return FORMATS[key]
     if key.upper() in SCHEMES:
         return Named(key, key.upper(), RTN(scheme=key.upper()))
     raise ValueError(
-        f"recipe {name!r} is unknown: give rtn-int4-g64, hqq-int4-g64 (any bits and "
-        f"group size), {', '.join(FORMATS)}, or a scheme: {', '.join(SCHEMES)}"
+        f"recipe {name!r} is unknown: give rtn-int4-g64, hqq-int4-g64 (or gptq, awq; "
+        f"any bits and group size), smoothquant-w8a8, {', '.join(FORMATS)}, or a "
+        f"scheme: {', '.join(SCHEMES)}"
     )
 
 
@@ -76,5 +80,6 @@ def _integer(key: str, method: str, bits: int, size: int) -> Named:
     if method == "HQQ":
         recipe = HQQ(bits=bits, group_size=size)
     else:
-        recipe = RTN(weights=Int(bits, group(size), symmetric=False, zero="int"))
+        weights = Int(bits, group(size), symmetric=False, zero="int")
+        recipe = {"RTN": RTN, "GPTQ": GPTQ, "AWQ": AWQ}[method](weights=weights)
     return Named(key, f"{method} int{bits} g{size}", recipe, f"{method} g{size}")

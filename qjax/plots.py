@@ -15,6 +15,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
+from qjax.report import SiteReport
 from qjax.results import Record, front
 
 Point = tuple[int | float, int | float]
@@ -221,6 +222,43 @@ def _label(
 
 def _middle(box: Bbox) -> np.ndarray:
     return (np.asarray(box.p0) + np.asarray(box.p1)) / 2
+
+
+def error_plot(path: str | Path, sites: Sequence[SiteReport]) -> None:
+    """Write a PNG: error of every site's output by layer, as solved and as rounded.
+
+    Sites of one name in all layers make a line; the dashed line of the same colour is
+    rounding to nearest.
+
+    Raises:
+        ValueError: there are no sites.
+    """
+    if not sites:
+        raise ValueError("error_plot needs the report of at least one site")
+    series: dict[str, list[tuple[int, SiteReport]]] = {}
+    for site in sites:
+        parts = site.name.split("/")
+        layer = next((int(p) for p in parts if p.isdigit()), 0)
+        kept = [p for p in parts if not p.isdigit() and p not in ("layers", "kernel")]
+        series.setdefault("/".join(kept), []).append((layer, site))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.6), layout="constrained")
+        axes = figure.subplots()
+        colours = matplotlib.colormaps["tab10"].colors  # pyright: ignore
+        for i, (name, rows) in enumerate(series.items()):
+            colour, layers = colours[i % len(colours)], [layer for layer, _ in rows]
+            solved = [max(site.error, 1e-9) for _, site in rows]
+            rounded = [max(site.error_before, 1e-9) for _, site in rows]
+            axes.plot(layers, rounded, "--", color=colour, lw=1, alpha=0.6)
+            axes.plot(layers, solved, "-o", color=colour, ms=3.5, lw=1.5, label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel("layer")
+        axes.set_ylabel("relative error of the output")
+        methods = ", ".join(dict.fromkeys(site.method for site in sites))
+        axes.set_title(f"{methods} (solid) and round to nearest (dashed)")
+        figure.legend(loc="outside right center", fontsize=8)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
 
 
 def _around(centre: Any, radius: int | float) -> Bbox:

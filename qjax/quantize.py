@@ -1,14 +1,15 @@
 """The driver: trace, plan, solve, and put the quantized leaves in place."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from math import prod, sqrt
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.progress import (
     BarColumn,
     Progress,
@@ -17,69 +18,19 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
+from qjax.calibrate import Plan, calibrate
 from qjax.core.lazy import LazyLeaf
-from qjax.core.qtensor import QTensor, SiteActs, Stacked, is_quantized
-from qjax.recipes import Candidate, assign, steps_of
-from qjax.solving import BATCH_BYTES, Job, Pieces, gather, solve_all
+from qjax.core.qtensor import QTensor, Stacked, is_quantized
+from qjax.io.journal import fingerprint, open_journal
+from qjax.placement import Placement
+from qjax.planning import plan
+from qjax.recipes import allocated, is_quantizer, needs_data, steps_of
+from qjax.report import LeafReport, Report
+from qjax.solving import BATCH_BYTES, Job, Pieces, gather, solve_all, tensor_of
+from qjax.streaming import Options
 from qjax.trace.paths import flatten_with_paths
-from qjax.trace.sites import Site, Sites, sites
-
-
-@dataclass(frozen=True)
-class LeafReport:
-    """What happened to a leaf, or to a run of layers of a stacked leaf.
-
-    Attributes:
-      path: the leaf's path.
-      names: the names (layers) that this row is about.
-      method: class name of the method.
-      format: name of the weight format.
-      activations: name of the activation format, or "float".
-      bits_per_weight: all arrays counted.
-      error: relative Frobenius error of the weights.
-      seconds: time to solve, compilation included.
-      fallback: what could not be done as asked; empty if nothing.
-    """
-
-    path: str
-    names: tuple[str, ...]
-    method: str
-    format: str
-    activations: str
-    bits_per_weight: float
-    error: float
-    seconds: float
-    fallback: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """One `LeafReport` per quantized leaf, and remarks about the whole."""
-
-    leaves: tuple[LeafReport, ...]
-    notes: tuple[str, ...] = ()
-
-    def __iter__(self):
-        return iter(self.leaves)
-
-    def __len__(self) -> int:
-        return len(self.leaves)
-
-    def __getitem__(self, index: int) -> LeafReport:
-        return self.leaves[index]
-
-    def table(self) -> Table:
-        """The report for a terminal."""
-        columns = ("leaf", "method", "format", "activations", "bits", "error", "s")
-        table = Table(*columns, "fallback")
-        for row in self.leaves:
-            bits, error = f"{row.bits_per_weight:.3f}", f"{row.error:.4f}"
-            rest = (row.method, row.format, row.activations, bits, error)
-            last = (f"{row.seconds:.2f}", row.fallback)
-            table.add_row(_shown(row.path, row.names), *rest, *last)
-        return table
+from qjax.trace.sites import Sites, sites
 
 
 def quantize(
@@ -117,6 +68,10 @@ def quantize_with_report(
     batch_bytes: int | None = None,
     progress: bool = True,
     donate: bool = False,
+    mask_fn: Callable[..., Any] | None = None,
+    offload: bool = False,
+    resume: str | os.PathLike[str] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Any, Report]:
     """`quantize`, and a report per leaf.
 
@@ -128,134 +83,86 @@ def quantize_with_report(
         Default: 256 MiB, but not more than the largest leaf.
       progress: show a progress bar.
       donate: delete each float array of `params` as soon as it is replaced.
+      mask_fn: `mask_fn(*inputs)` gives a weight for each token of a batch; padding has
+        weight 0 and never enters a statistic.
+      offload: keep activations on the host between the segments of the program.
+      resume: a folder in which finished blocks are kept; a run that was killed and is
+        started again with the same arguments continues after the last of them, with the
+        same result bit for bit. Only for recipes that need data.
+      mesh: devices with the axes "data" (calibration batches) and "model" (output
+        features of the solvers), of one process or of several that are given the same
+        arguments; the order of sums then differs from one device's.
     """
     steps = steps_of(recipe)
-    if key is None and any(step.random for step in steps):
+    if key is None and any(getattr(step, "random", False) for step in steps):
         raise ValueError("the recipe draws random numbers; give key=jax.random.key(0)")
-    found = sites(f, params, *_example(calibration, example))
+    batches = None if calibration is None else list(calibration)
+    given = {"example": example, "mask_fn": mask_fn}
+    steps, allocations = allocated(steps, f, params, batches, **given)
+    found = sites(f, params, *_example(batches, example))
     leaves = dict(flatten_with_paths(params))
-    jobs = plan(steps, found, leaves)
-    budget = _budget(leaves) if batch_bytes is None else batch_bytes
+    quantizers = [step for step in steps if is_quantizer(step)]
+    jobs = plan(quantizers, found, leaves)
     fallbacks = {job.path: _fallback(found, job) for job in jobs}
     shared = _shared_arrays(leaves) if donate else set()
     rows: dict[str, list[LeafReport]] = {}
+
+    def place(job: Job, pieces: Pieces) -> None:
+        new, rows[job.path] = _assemble(job, pieces, quantizers, fallbacks[job.path])
+        old, leaves[job.path] = leaves[job.path], new
+        if donate and isinstance(old, jax.Array) and id(old) not in shared:
+            jax.block_until_ready(new)
+            old.delete()
+
     with _bar(progress) as bar:
         task = bar.add_task("quantizing", total=sum(job.weights for job in jobs))
         advance = partial(bar.advance, task)
-        for job, pieces in solve_all(jobs, steps, key, budget, advance):
-            new, rows[job.path] = _assemble(job, pieces, steps, fallbacks[job.path])
-            old, leaves[job.path] = leaves[job.path], new
-            if donate and isinstance(old, jax.Array) and id(old) not in shared:
-                jax.block_until_ready(new)
-                old.delete()
+        done = Report(())
+        if any(needs_data(step) for step in steps):
+            given = _batches(batches)
+            journal = None
+            if resume is not None:
+                paths, values = zip(*leaves.items())
+                run = fingerprint(steps, paths, values, given, key)
+                several = jax.process_count() > 1
+                own = f"process-{jax.process_index()}" if several else ""
+                journal = open_journal(Path(resume) / own, run)
+            settings = Options(mask_fn, offload, key, Placement(mesh), journal)
+            passes = Plan(f, params, found, jobs, steps, settings)
+            done = calibrate(passes, given, advance, place, leaves)
+        else:
+            budget = _budget(leaves) if batch_bytes is None else batch_bytes
+            for job, pieces in solve_all(jobs, quantizers, key, budget, advance):
+                place(job, pieces)
     treedef = jax.tree.structure(params, is_leaf=is_quantized)
     ready = [x.read() if isinstance(x, LazyLeaf) else x for x in leaves.values()]
     in_order = [row for path in leaves for row in rows.get(path, ())]
-    return jax.tree.unflatten(treedef, ready), Report(
-        tuple(in_order), _notes(found, steps)
+    notes = (*_notes(found, quantizers), *done.notes)
+    whole = Report(
+        tuple(in_order), notes, done.sites, done.transforms, tuple(allocations)
     )
+    return jax.tree.unflatten(treedef, ready), whole
 
 
-def plan(steps: Sequence[Any], found: Sites, leaves: dict[str, Any]) -> list[Job]:
-    """The leaves that the recipe takes, each with the step of every layer.
+def _batches(batches: list[Any] | None) -> list[tuple[Any, ...]]:
+    """The calibration batches, each a tuple of arrays.
 
     Raises:
-        ValueError: a step takes nothing, or takes part of a stack that must stay whole.
+        ValueError: there are none, or they are shapes only.
     """
-    by_path: dict[str, list[Site]] = {}
-    for site in found.sites:
-        usable = site.layout is not None
-        if usable and not is_quantized(leaves[site.path]):
-            by_path.setdefault(site.path, []).append(site)
-    candidates = [
-        Candidate(
-            path,
-            _names(uses),
-            frozenset(u.kind for u in uses),
-            spared=path == found.head or path in found.routers,
+    if not batches:
+        raise ValueError(
+            "the recipe needs calibration data: give calibration=[(inputs, ...), ...]"
         )
-        for path, uses in by_path.items()
-    ]
-    assigned = assign(steps, candidates)
-    return [
-        _job(candidate.names, by_path[candidate.path], leaves[candidate.path], numbers)
-        for candidate in candidates
-        for numbers in [assigned[candidate.path]]
-        if any(step is not None for step in numbers)
-    ]
-
-
-def _names(uses: Sequence[Site]) -> tuple[str, ...]:
-    """One name per layer of a stacked leaf, also where each layer is its own use."""
-    names = {name for use in uses for name in use.names}
-    in_order = sorted(
-        names,
-        key=lambda n: [
-            (p.isdigit(), int(p) if p.isdigit() else p) for p in n.split("/")
-        ],
+    abstract = any(
+        isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batches)
     )
-    whole = len(names) == prod(uses[0].stacked)
-    return tuple(in_order) if whole else (uses[0].path,)
-
-
-def _job(
-    names: tuple[str, ...],
-    uses: list[Site],
-    leaf: Any,
-    assigned: tuple[int | None, ...],
-) -> Job:
-    main = _main_use(uses)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if abstract:
         raise ValueError(
-            f"{main.path} is {leaf.dtype}; only float leaves are quantized"
+            "the recipe needs calibration data, but the batches are shapes "
+            "(jax.ShapeDtypeStruct); give arrays"
         )
-    _check_mesh(main.path, leaf)
-    if len(set(assigned)) > 1:
-        _check_mixed(main, names, assigned)
-    read = leaf.read if isinstance(leaf, LazyLeaf) else lambda: leaf
-    assert main.layout is not None
-    return Job(
-        main.path,
-        names,
-        read,
-        main.layout,
-        tuple(leaf.shape),
-        leaf.dtype,
-        assigned,
-    )
-
-
-def _main_use(uses: Sequence[Site]) -> Site:
-    """The use whose K and N the codes follow: a contraction before a lookup."""
-    return next((u for u in uses if u.kind != "embedding"), uses[0])
-
-
-def _check_mesh(path: str, leaf: Any) -> None:
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, jax.NamedSharding) or sharding.is_fully_replicated:
-        return
-    if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
-        raise ValueError(
-            f"{path} is sharded over a mesh with explicit axes; make the mesh with "
-            "axis_types=(jax.sharding.AxisType.Auto, ...)"
-        )
-
-
-def _check_mixed(
-    site: Site, names: tuple[str, ...], assigned: tuple[int | None, ...]
-) -> None:
-    if len(site.stacked) > 1:
-        raise ValueError(
-            f"{site.path} is stacked over {len(site.stacked)} axes {site.stacked}; its "
-            "layers must all be quantized alike"
-        )
-    left = [name for name, step in zip(names, assigned) if step is None]
-    if left:
-        raise ValueError(
-            f"{site.path} is one stacked leaf, so that {left[0]} cannot stay in float "
-            "while other layers are quantized; give it a step too, such as "
-            "RTN('W8A16'), or do not stack the layers"
-        )
+    return [tuple(batch) for batch in batches]
 
 
 def _assemble(
@@ -280,11 +187,11 @@ def _assemble(
 def _qtensor(
     job: Job, pieces: Pieces, numbers: Sequence[int], layers: int, method: Any
 ) -> QTensor:
-    coded = gather(job, pieces, numbers)
     lead = _lead(job, layers)
-    shaped = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), coded)
-    acts = (SiteActs(activation=method.activation),) if method.activation else ()
-    return QTensor.of(shaped, job.layout, job.dtype, acts)
+    solved = jax.tree.map(
+        lambda x: x.reshape(*lead, *x.shape[1:]), gather(pieces, numbers)
+    )
+    return tensor_of(solved, job.layout, job.dtype, method)
 
 
 def _lead(job: Job, layers: int) -> tuple[int, ...]:
@@ -366,10 +273,6 @@ def _notes(found: Sites, steps: Sequence[Any]) -> tuple[str, ...]:
             "linear like every other",
         )
     return ()
-
-
-def _shown(path: str, names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"{path} ({len(names)} layers)"
 
 
 def _bar(shown: bool) -> Progress:

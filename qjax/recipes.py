@@ -11,9 +11,10 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qjax.methods.rtn import RTN
 from qjax.schemes import SCHEMES, Scheme, scheme
 from qjax.trace.control import QuantizationWarning
 
@@ -24,6 +25,7 @@ KINDS: dict[str, frozenset[str]] = {
     "Conv": frozenset({"conv"}),
     "Embedding": frozenset({"embedding"}),
 }
+GLOB = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,88 @@ class Candidate:
         return "embedding" in self.kinds
 
 
+KINDS_OF_STEPS = ("allocate", "transform", "quantize", "repair")
+
+
+def kind_of(step: Any) -> str:
+    """What a step does: "allocate", "transform", "quantize" or "repair".
+
+    Raises:
+        TypeError: it is not a method.
+    """
+    for kind in ("allocate", "transform", "repair"):
+        if hasattr(step, kind) and not isinstance(step, type):
+            return kind
+    solves = hasattr(step, "solve") or hasattr(step, "solve_site")
+    if isinstance(step, type) or not solves:
+        raise TypeError(f"a recipe holds methods such as RTN() or HQQ(), got {step!r}")
+    return "quantize"
+
+
+def is_quantizer(step: Any) -> bool:
+    """Whether a step codes weights."""
+    return kind_of(step) == "quantize"
+
+
+def needs_data(step: Any) -> bool:
+    """Whether a step needs calibration data."""
+    if not is_quantizer(step) or hasattr(step, "solve_site"):
+        return True
+    return step.activation is not None and not step.activation.dynamic
+
+
 def steps_of(recipe: Any) -> tuple[Any, ...]:
-    """The steps of a recipe; each must have `solve`, `targets` and `ignore`.
+    """The steps of a recipe, in the order in which they run.
+
+    A transform that carries formats of its own (`AWQ(scheme="W4A16_ASYM")`) is short
+    for itself and the `RTN` that it names (`expand`).
 
     Raises:
         TypeError: the recipe is empty or a step is not a method.
     """
-    steps = tuple(recipe) if isinstance(recipe, (tuple, list)) else (recipe,)
-    if not steps:
+    given = tuple(recipe) if isinstance(recipe, (tuple, list)) else (recipe,)
+    if not given:
         raise TypeError("the recipe is empty; give a method such as RTN() or HQQ()")
+    steps = [each for step in given for each in _expanded(step)]
+    return tuple(sorted(steps, key=lambda step: KINDS_OF_STEPS.index(kind_of(step))))
+
+
+def allocated(
+    steps: Sequence[Any], f: Any, params: Any, calibration: Any, **options: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The steps with each allocate step in the place of what it became; its reports.
+
+    Args:
+      steps: as `steps_of` gives them.
+      f, params, calibration: of the function, for `step.allocate`.
+      options: of `step.allocate`: `example` and `mask_fn`.
+    """
+    done: list[Any] = []
+    reports: list[Any] = []
     for step in steps:
-        if isinstance(step, type) or not hasattr(step, "solve"):
-            raise TypeError(
-                f"a recipe holds methods such as RTN() or HQQ(), got {step!r}"
-            )
-    return steps
+        if kind_of(step) != "allocate":
+            done.append(step)
+            continue
+        became, report = step.allocate(f, params, calibration, **options)
+        done += became
+        reports.append(report)
+    return steps_of(done), tuple(reports)
+
+
+def _expanded(step: Any) -> tuple[Any, ...]:
+    """A transform, and the quantizer whose formats it names."""
+    bare: Any = step
+    quantizer = getattr(step, "quantizer", None)
+    formats = None if quantizer is None or isinstance(step, type) else quantizer()
+    if formats is None:
+        return (step,)
+    following = RTN(
+        weights=formats.weights,
+        activations=formats.activations,
+        targets=step.targets,
+        ignore=step.ignore,
+    )
+    return replace(bare, scheme=None, weights=None), following
 
 
 def patterns_of(value: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -83,6 +152,8 @@ def matches(pattern: str, name: str, candidate: Candidate) -> bool:
         return asked and (pattern == "Embedding" or not candidate.tied)
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
+    if not GLOB.search(pattern):  # as an allocation has by the hundred
+        return name == pattern or name.startswith(f"{pattern}/")
     parents = (name[: m.start()] for m in re.finditer("/", name))
     return any(fnmatch.fnmatchcase(n, pattern) for n in (name, *parents))
 
@@ -180,3 +251,16 @@ def _nothing_left(step: Any, matched: bool, candidates: Sequence[Candidate]) -> 
             "targets"
         )
     return f"{_class(step)}: ignore {step.ignore!r} leaves it no site"
+
+
+def wanted_names(step: Any, jobs: Sequence[Any]) -> list[str]:
+    """The names, among those that are quantized, that a transform or repair takes.
+
+    Raises:
+        ValueError: a pattern of `targets` matches nothing.
+    """
+    candidates = [
+        Candidate(job.path, job.names, frozenset({"dot", "conv"})) for job in jobs
+    ]
+    by_path = {job.path: job.names for job in jobs}
+    return [by_path[path][i] for path, i in _wanted(step, candidates)]

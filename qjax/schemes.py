@@ -1,7 +1,9 @@
 """Named pairs of weight and activation formats.
 
 The names, groups and granularities are compressed-tensors' presets (version 0.20), so
-that a scheme means here what it means in llm-compressor and vLLM.
+that a scheme means here what it means in llm-compressor and vLLM. `NF4`, `NF4_DQ`,
+`FP4`, `BINARY` and `TERNARY` are ours. Its `UNQUANTIZED` is no format: a site stays in
+float by `ignore`.
 """
 
 import difflib
@@ -67,6 +69,13 @@ SCHEMES: dict[str, Scheme] = {
     "NVFP4": Scheme(NVFP4(), Activation(NVFP4(), dynamic=False)),
     "MXFP4A16": Scheme(MX("fp4", scale_rule="ct")),
     "MXFP4": Scheme(MX("fp4", scale_rule="ct"), Activation(MX("fp4", scale_rule="ct"))),
+    "MXFP4XFP8": Scheme(
+        MX("fp4", scale_rule="ct"), Activation(Float("e4m3", group(128)))
+    ),
+    "MXFP6A16": Scheme(MX("fp6_e2m3", scale_rule="ct")),
+    "MXFP6A8": Scheme(
+        MX("fp6_e2m3", scale_rule="ct"), Activation(MX("fp8_e4m3", scale_rule="ct"))
+    ),
     "MXFP8A16": Scheme(MX("fp8_e4m3", scale_rule="ct")),
     "MXFP8": Scheme(
         MX("fp8_e4m3", scale_rule="ct"), Activation(MX("fp8_e4m3", scale_rule="ct"))

@@ -18,7 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qjax.core.coded import Coded
 from qjax.core.layout import Layout
+from qjax.core.pytrees import register
+from qjax.core.qtensor import QTensor, SiteActs
+from qjax.core.transforms import chained
+from qjax.methods.base import Solution
 
 BATCH_BYTES = 2**28
 MOST_SLICES = 64  # each slice of a chunk is an argument of the compiled program
@@ -62,6 +67,18 @@ class Job:
         return [i for i, s in enumerate(of) if s is not None and step in (None, s)]
 
     @property
+    def experts(self) -> tuple[int, ...]:
+        """Sizes of the batched axes of one layer."""
+        own = len(self.shape) - len(self.layout.roles)
+        return tuple(self.shape[own + i] for i in self.layout.axes("b"))
+
+    @property
+    def slices_per_layer(self) -> int:
+        """Number of matrices (experts) in one layer of the leaf."""
+        layers = prod(self.shape[: len(self.shape) - len(self.layout.roles)])
+        return self.slices // layers
+
+    @property
     def weights(self) -> int:
         """Number of weights to be solved."""
         return len(self.wanted()) * self.layout.K * self.layout.N
@@ -94,23 +111,71 @@ class Job:
     def key(self, key: Any, number: int) -> Any:
         """A key of the slice's own, the same in scanned and unrolled models."""
         layer, expert = divmod(number, self.per_name)
-        named = jax.random.fold_in(key, zlib.crc32(self.names[layer].encode()))
-        return jax.random.fold_in(named, expert)
+        return jax.random.fold_in(site_key(key, self.names[layer]), expert)
+
+
+def site_key(key: Any, name: str) -> Any:
+    """A key of the site's own, the same in scanned and unrolled models."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A solved slice, or a chunk of them with an axis in front; a pytree.
+
+    Attributes:
+      solution: what the method found.
+      scale, zero, global_scale: the static range of the site's input, if it has one.
+      t_in: the transform of the input that was there before the method.
+    """
+
+    solution: Solution
+    scale: Any = None
+    zero: Any = None
+    global_scale: Any = None
+    t_in: Any = None
+
+
+register(Solved, ("solution", "scale", "zero", "global_scale", "t_in"))
+
+
+def tensor_of(solved: Solved, layout: Layout, dtype: Any, method: Any) -> QTensor:
+    """The quantized leaf, or one layer of it, that was solved."""
+    found = solved.solution
+    t_in = chained(solved.t_in, found.t_in)
+    record = SiteActs(
+        solved.scale,
+        solved.zero,
+        t_in,
+        activation=method.activation,
+        global_scale=solved.global_scale,
+    )
+    plain = t_in is None and method.activation is None
+    return QTensor.of(
+        found.parts,
+        layout,
+        dtype,
+        () if plain else (record,),
+        left=found.left,
+        right=found.right,
+        sparse=found.sparse,
+        bias=found.bias,
+    )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A solved slice.
+    """A solved slice, where it is and what is known of it.
 
     Attributes:
-      parts: the coded parts of the chunk it was solved in, `[chunk, ...]`.
+      solved: the chunk it was solved in.
       place: its place in the chunk.
       seconds: its share of the chunk's time, compilation included.
       error: its squared Frobenius error.
       norm: its squared Frobenius norm.
     """
 
-    parts: Any
+    solved: Solved
     place: int
     seconds: float
     error: float
@@ -127,13 +192,18 @@ def _non_finite(w: Float[Array, "... K N"]) -> Int[Array, "..."]:
 
 @partial(jax.jit, static_argnums=0)
 def solve_chunk(method: Any, slices: Sequence[Any], keys: Any) -> tuple[Any, Any, Any]:
-    """Coded parts `[chunk, ...]`, squared error and squared norm of each slice."""
+    """What was solved `[chunk, ...]`, squared error and norm of each slice."""
     w = jnp.stack(slices)
     parts = jax.vmap(method.solve)(w, keys) if method.random else method.solve(w)
+    return Solved(Solution(parts)), *weight_error(w, parts)
+
+
+def weight_error(w: Float[Array, "... K N"], parts: Sequence[Coded]) -> Any:
+    """Squared Frobenius error and norm of each slice."""
     exact = w.astype(jnp.float32)
     decoded = sum((part.decode(jnp.float32) for part in parts), start=np.float32(0))
     error = jnp.sum(jnp.square(exact - decoded), axis=(-2, -1))
-    return parts, error, jnp.sum(jnp.square(exact), axis=(-2, -1))
+    return error, jnp.sum(jnp.square(exact), axis=(-2, -1))
 
 
 def chunk_size(slices: int, K: int, N: int, batch_bytes: int) -> int:
@@ -214,24 +284,24 @@ def _solve(method: Any, chunk: Chunk, size: int, key: Any) -> list[Piece]:
     keys = None
     if method.random:
         keys = jnp.stack([job.key(key, number) for job, number, _ in filled])
-    parts, error, norm = solve_chunk(method, tuple(w for *_, w in filled), keys)
+    solved, error, norm = solve_chunk(method, tuple(w for *_, w in filled), keys)
     error, norm = np.asarray(error), np.asarray(norm)
     seconds = (time.perf_counter() - start) / len(chunk)
     return [
-        Piece(parts, i, seconds, float(error[i]), float(norm[i]))
+        Piece(solved, i, seconds, float(error[i]), float(norm[i]))
         for i in range(len(chunk))
     ]
 
 
-def gather(job: Job, pieces: Pieces, numbers: Sequence[int]) -> Any:
-    """Coded parts of the slices `numbers`, stacked in that order."""
+def gather(pieces: Pieces, numbers: Sequence[int]) -> Solved:
+    """What was solved of the slices `numbers`, stacked in that order."""
     runs: list[tuple[Any, int, int]] = []
     for piece in (pieces[i] for i in numbers):
-        if runs and runs[-1][0] is piece.parts and runs[-1][2] == piece.place:
-            runs[-1] = (piece.parts, runs[-1][1], piece.place + 1)
+        if runs and runs[-1][0] is piece.solved and runs[-1][2] == piece.place:
+            runs[-1] = (piece.solved, runs[-1][1], piece.place + 1)
         else:
-            runs.append((piece.parts, piece.place, piece.place + 1))
-    taken = [jax.tree.map(partial(_take, a, b), parts) for parts, a, b in runs]
+            runs.append((piece.solved, piece.place, piece.place + 1))
+    taken = [jax.tree.map(partial(_take, a, b), x) for x, a, b in runs]
     if len(taken) == 1:
         return taken[0]
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *taken)

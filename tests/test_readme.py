@@ -1,4 +1,4 @@
-"""The README's Python example runs as it stands, on the bundled model."""
+"""The README's Python examples run as they stand, on the bundled model."""
 
 import re
 from pathlib import Path
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_examples_run(tmp_path: Path, monkeypatch):
+    code, calibrated = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     named = re.compile(r'load_model\("[^"]+"\)')
     assert named.search(code)
     monkeypatch.chdir(tmp_path)
@@ -24,3 +24,8 @@ def test_the_example_runs(tmp_path: Path, monkeypatch):
     restored = qjax.restore(tmp_path / "out")
     again = qjax.apply(names["f"])(restored, names["tokens"])
     assert (again == names["logits"]).all()
+    names["calibration"] = [names["tokens"]]
+    exec(calibrated, names)
+    assert {row.method for row in names["report"].sites} == {"GPTQ"}
+    assert {row.method for row in names["report"].transforms} == {"SmoothQuant"}
+    assert names["qparams"]["layers"]["0"]["attn"]["q_proj"]["kernel"].acts

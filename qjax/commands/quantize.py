@@ -1,6 +1,6 @@
 """`qjax quantize`: a model in low bits, as a folder that `qjax eval` reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,11 +8,15 @@ import tyro
 
 from qjax import methods
 from qjax.catalogue import named
+from qjax.commands.calibration import CalibrationOptions
 from qjax.commands.compare import quantized_bits
 from qjax.commands.inputs import open_model
 from qjax.commands.output import wide_console
 from qjax.io.checkpoint import check_target, save
+from qjax.plots import error_plot
 from qjax.quantize import quantize_with_report
+from qjax.recipe_files import read_recipe
+from qjax.recipes import needs_data, steps_of
 
 METHODS = {method.__name__.lower(): method for method in methods.METHODS}
 # What a Hugging Face folder holds beside its weights: configuration and tokenizer.
@@ -32,9 +36,10 @@ class Quantize:
     out: Annotated[Path, tyro.conf.Positional]
     """The folder to write; it must not exist, unless --overwrite."""
     recipe: str = "RTN"
-    """A method (RTN, HQQ) with the options below, or a short name (hqq-int3-g64)."""
+    """A method (RTN, GPTQ, AWQ, ...) with the options below, a short name
+    (hqq-int3-g64), or a YAML file of steps."""
     scheme: str | None = None
-    """Formats by llm-compressor's name, for RTN: W4A16 (default), FP8_DYNAMIC, ..."""
+    """Formats by llm-compressor's name: W4A16 (default), W8A8, FP8_DYNAMIC, ..."""
     bits: int | None = None
     """Bits per code, for HQQ: 1 to 8 (default 4)."""
     group_size: int | None = None
@@ -47,17 +52,35 @@ class Quantize:
     """Keep the layers stacked; patterns that take single layers need them apart."""
     overwrite: bool = False
     """Replace OUT, if qjax wrote it."""
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
     def run(self) -> None:
         """Quantize, save, and print what became of each weight."""
         recipe = self.make_recipe()
-        check_target(self.out, self.overwrite, "--overwrite")
+        options, mesh = self.calibration, self.calibration.mesh
+        devices = mesh.start()
+        if mesh.writes:
+            check_target(self.out, self.overwrite, "--overwrite")
         model = open_model(
             self.model, scan_layers=self.scan_layers, lazy=True, in_float=True
         )
+        data = any(needs_data(step) for step in steps_of(recipe))
         params, report = quantize_with_report(
-            model.f, model.params, recipe, example=model.example
+            model.f,
+            model.params,
+            recipe,
+            options.batches(model) if data else None,
+            example=None if data else model.example,
+            resume=options.resume if data else None,
+            offload=options.offload,
+            mesh=devices if data else None,
+            progress=mesh.writes,
         )
+        if not mesh.writes:
+            return
+        if options.report is not None:
+            report.write(options.report)
+            error_plot(options.report.with_suffix(".png"), report.sites)
         save(
             self.out,
             params,
@@ -83,6 +106,13 @@ class Quantize:
             "group_size": self.group_size,
         }
         given = {name: value for name, value in options.items() if value is not None}
+        if self.recipe.endswith((".yaml", ".yml")):
+            if given or self.targets or self.ignore:
+                raise ValueError(
+                    f"--recipe {self.recipe} is a file, which names schemes and "
+                    "patterns itself; leave out the other options"
+                )
+            return read_recipe(Path(self.recipe))
         method = METHODS.get(self.recipe.lower())
         if method is None:
             return self._short(patterns, given)
@@ -100,7 +130,8 @@ class Quantize:
                 f"{', '.join(given)}: give one of {', '.join(METHODS).upper()}"
             )
         found = named(self.recipe).recipe
-        return type(found)(**{**vars(found), **patterns})
+        steps = found if isinstance(found, tuple) else (found,)
+        return tuple(replace(step, **patterns) for step in steps)
 
 
 def _shell_files(folder: Path) -> dict[str, Path]:

@@ -229,17 +229,21 @@ class NVFP4:
         """The float type of the elements, e2m1."""
         return minifloat.E2M1
 
-    def fit(self, w: Any, search: Search = MINMAX, importance: Any = None) -> Grid:
-        """e4m3 scales `[..., ceil(K/16), N]` and `global_scale[..., 1, 1]`."""
+    def fit(
+        self,
+        w: Any,
+        search: Search = MINMAX,
+        importance: Any = None,
+        global_scale: Any = None,
+    ) -> Grid:
+        """e4m3 scales `[..., ceil(K/16), N]` and `global_scale[..., 1, 1]`.
+
+        A `global_scale` that was calibrated takes the place of the matrix's own; larger
+        blocks than it was made for saturate.
+        """
         absmax = block_absmax(w, self.granularity, search)
-        top = minifloat.E4M3.largest * self.minifloat.largest
-        largest = absmax.max((-2, -1), keepdims=True)
-        # By the reciprocal, as compressed-tensors rounds it. A matrix of zeros takes 1;
-        # numbers too small for the quotient take the largest power of two that is safe.
-        ratio = times_reciprocal(np.float32(top), jnp.where(largest > 0, largest, 1))
-        ratio = jnp.clip(ratio, top / TOP, np.float32(2.0**126))
-        ratio = jnp.where(largest > 0, ratio, 1)
-        global_scale = jnp.where(jnp.isnan(largest), jnp.nan, ratio)
+        if global_scale is None:
+            global_scale = self._global_scale(absmax.max((-2, -1), keepdims=True))
 
         def grid_of(factor):
             wanted = divide(absmax * factor, self.minifloat.largest) * global_scale
@@ -252,6 +256,15 @@ class NVFP4:
             )
 
         return _search(self, w, grid_of, search, importance)
+
+    def _global_scale(self, largest: Array) -> Array:
+        top = minifloat.E4M3.largest * self.minifloat.largest
+        # By the reciprocal, as compressed-tensors rounds it. A matrix of zeros takes 1;
+        # numbers too small for the quotient take the largest power of two that is safe.
+        ratio = times_reciprocal(np.float32(top), jnp.where(largest > 0, largest, 1))
+        ratio = jnp.clip(ratio, top / TOP, np.float32(2.0**126))
+        ratio = jnp.where(largest > 0, ratio, 1)
+        return jnp.where(jnp.isnan(largest), jnp.nan, ratio)
 
     def to_codes(
         self, w: Any, grid: Grid, rounding: str = "nearest", key: Any = None

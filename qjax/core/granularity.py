@@ -48,7 +48,9 @@ class Granularity:
         names = {(None, None): "tensor", (None, 1): "channel"}
         if (self.rows, self.cols) in names:
             return names[self.rows, self.cols]
-        return f"g{self.rows}" if self.cols == 1 else f"{self.rows}x{self.cols}"
+        if self.cols == 1:
+            return f"g{self.rows}"
+        return f"{self.rows or 'all'}x{self.cols or 'all'}"
 
 
 def tensor() -> Granularity:
@@ -66,8 +68,12 @@ def group(size: int) -> Granularity:
     return Granularity(size, 1)
 
 
-def block(rows: int, cols: int) -> Granularity:
-    """One scale for every `rows` x `cols` block of `w[K, N]`."""
+def block(rows: int | None, cols: int | None) -> Granularity:
+    """One scale for every `rows` x `cols` block of `w[K, N]`; None is the whole axis.
+
+    Of an activation, which is coded as `x.T[K, M]`, `block(1, None)` gives each feature
+    a scale of its own.
+    """
     return Granularity(rows, cols)
 
 

@@ -18,11 +18,16 @@ class LazyLeaf:
       shape: of the array that `read` returns.
       dtype: of that array.
       read: reads it, anew on every call; the caller drops it when done.
+      read_layer: reads one index of the first axis alone, where the leaf is a stack of
+        layers that are stored apart; None where only the whole can be read.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     read: Callable[[], jax.Array] = dataclasses.field(repr=False)
+    read_layer: Callable[[int], jax.Array] | None = dataclasses.field(
+        default=None, repr=False
+    )
 
     @property
     def ndim(self) -> int:

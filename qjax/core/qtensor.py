@@ -21,19 +21,46 @@ class Activation:
     """How a site's input is coded before the contraction.
 
     The input is coded as `x.T[K, M]`: `Int(8, token())` gives one scale per token.
-    `dynamic` scales come from the batch at hand, static ones from calibration.
+    `dynamic` scales come from the batch at hand, static ones from calibration; of
+    NVFP4 only the global scale is ever static.
+
+    Args:
+      format: the number format.
+      dynamic: whether the scales come from the batch.
+      outliers: LLM.int8(): features with a magnitude of at least this in the batch stay
+        in float (dot sites only); None codes all of them.
+
+    Raises:
+      ValueError: `outliers` is not above zero, or the range is static.
     """
 
     format: Format
     dynamic: bool = True
+    outliers: float | int | None = None
+
+    def __post_init__(self):
+        if self.outliers is None:
+            return
+        number = isinstance(self.outliers, (int, float))
+        if not number or isinstance(self.outliers, bool) or not self.outliers > 0:
+            raise ValueError(
+                "Activation.outliers must be a threshold above 0, or None for no "
+                f"outliers, got {self.outliers!r}"
+            )
+        if not self.dynamic:
+            raise ValueError(
+                f"Activation.outliers is {self.outliers!r} with dynamic=False; outlier "
+                "features are found in the batch, so the range must be dynamic"
+            )
 
 
 @dataclass(frozen=True)
 class SiteActs:
     """What happens to the activation at one site of the leaf.
 
-    `scale` and `zero` are the static activation range (absent when dynamic); `t_in`
-    and `t_out` are transforms (`qjax.core.transforms`) on either side of the weight.
+    `scale` and `zero` (`[..., Gk, 1]`) are the static activation range, of NVFP4
+    `global_scale[..., 1, 1]` (all absent when dynamic); `t_in` and `t_out` are
+    transforms (`qjax.core.transforms`) on either side of the weight.
     """
 
     scale: Any = None
@@ -41,6 +68,7 @@ class SiteActs:
     t_in: Any = None
     t_out: Any = None
     activation: Activation | None = None
+    global_scale: Any = None
 
 
 @dataclass(frozen=True)
@@ -282,7 +310,7 @@ def dequantize(tree: Any) -> Any:
 _OPTIONAL = ("left", "right", "sparse", "bias")
 
 
-register(SiteActs, ("scale", "zero", "t_in", "t_out"), ("activation",))
+register(SiteActs, ("scale", "zero", "t_in", "t_out", "global_scale"), ("activation",))
 register(Sparse, ("values", "rows", "cols"), ())
 register(QTensor, ("parts", *_OPTIONAL, "acts"), ("layout", "dtype"))
 register(Stacked, ("parts",), ("ranges",))

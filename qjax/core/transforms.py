@@ -7,6 +7,7 @@ Leading axes of the children (layers, experts) line up with those of the operand
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import jax
@@ -123,4 +124,31 @@ class Dense:
         return self.matrix.astype(w.dtype) @ w
 
 
-TRANSFORMS = (Diagonal, Permutation, Hadamard, Kronecker, Dense)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chain:
+    """`T = T_0 T_1 ...`: the first is applied to `x` first."""
+
+    transforms: tuple[Any, ...]
+
+    def __call__(self, x: Any) -> Any:
+        """`x @ T`."""
+        return reduce(lambda y, t: t(y), self.transforms, x)
+
+    def left(self, w: Any) -> Any:
+        """`T @ w`."""
+        return reduce(lambda v, t: t.left(v), reversed(self.transforms), w)
+
+
+def chained(*transforms: Any) -> Any:
+    """One transform in place of several, of which some may be None."""
+    given = [
+        t
+        for each in transforms
+        if each is not None
+        for t in (each.transforms if isinstance(each, Chain) else (each,))
+    ]
+    return None if not given else given[0] if len(given) == 1 else Chain(tuple(given))
+
+
+TRANSFORMS = (Diagonal, Permutation, Hadamard, Kronecker, Dense, Chain)

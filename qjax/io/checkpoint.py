@@ -69,6 +69,7 @@ def save(
         raise ValueError(f"format is {format!r}; it must be one of {tuple(ARRAYS)}")
     check_target(path, overwrite)
     tree, arrays = encode(qparams)
+    _check_here(arrays)
     body = {
         "format_version": FORMAT_VERSION,
         "storage": format,
@@ -164,17 +165,23 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     return body
 
 
+def _check_here(arrays: Mapping[str, Any]) -> None:
+    """Refuse arrays of which this process holds a part only."""
+    for name, array in arrays.items():
+        whole = not isinstance(array, jax.Array) or array.is_fully_addressable
+        if not whole and not array.is_fully_replicated:
+            raise ValueError(
+                f"{name} is spread over several processes; save writes what one "
+                "process holds: replicate it first, and save in one process alone"
+            )
+
+
 def check_target(path: Path, overwrite: bool, option: str = "overwrite=True") -> None:
     """Whether `save` may write a folder of that name; `option` is how to allow it.
 
     Raises:
       FileExistsError: the path exists and may not be replaced.
-      ValueError: the program runs in more than one process.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"save works in one process; this program has {jax.process_count()}"
-        )
     if not os.path.lexists(path):
         return
     if not (path / MANIFEST).is_file():

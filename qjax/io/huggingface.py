@@ -286,4 +286,10 @@ def _leaf(source: Source, dtype: Any, sharding: Sharding, lazy: bool) -> Any:
             source.shape, place, lambda index: source.read(dtype, index)
         )
 
-    return LazyLeaf(source.shape, dtype, read) if lazy else read()
+    def read_layer(layer: int) -> jax.Array:
+        return jnp.asarray(source.read(dtype, (slice(layer, layer + 1),))[0])
+
+    if not lazy:
+        return read()
+    apart = bool(source.lead) and sharding is None
+    return LazyLeaf(source.shape, dtype, read, read_layer if apart else None)

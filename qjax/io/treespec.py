@@ -6,7 +6,7 @@ that JSON has no number for).
 """
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from math import isfinite
 from typing import Any
 
@@ -21,7 +21,9 @@ from qjax.core.formats import MX, NVFP4, Binary, Codebook, Float, Int, Ternary
 from qjax.core.granularity import Granularity
 from qjax.core.layout import Layout
 from qjax.core.qtensor import Activation, QTensor, SiteActs, Sparse, Stacked
-from qjax.core.transforms import Dense, Diagonal, Hadamard, Kronecker, Permutation
+from qjax.core.transforms import TRANSFORMS
+from qjax.methods.base import Solution
+from qjax.solving import Solved
 from qjax.trace.paths import path_of
 
 RESERVED = "__metadata__"
@@ -31,7 +33,8 @@ RECORDS: dict[str, type] = {
         *(QTensor, Stacked, Coded, SiteActs, Sparse, DoubleQuantized),
         *(Layout, Activation, Granularity),
         *(Int, Float, MX, NVFP4, Codebook, Binary, Ternary),
-        *(Dense, Diagonal, Hadamard, Kronecker, Permutation),
+        *TRANSFORMS,
+        *(Solution, Solved),
     )
 }
 
@@ -141,9 +144,11 @@ def _decode_record(node: Any, leaf: Callable[[str], Any]) -> Any:
             f"it knows {', '.join(sorted(RECORDS))}"
         )
     known = [field.name for field in fields(RECORDS[name])]
-    if sorted(known) != sorted(stored):
+    # A field with a default may be younger than the file.
+    needed = {f.name for f in fields(RECORDS[name]) if f.default is MISSING}
+    if not needed <= set(stored) <= set(known):
         raise ValueError(f"{name} is stored with fields {sorted(stored)}, not {known}")
-    return RECORDS[name](**{field: decode(stored[field], leaf) for field in known})
+    return RECORDS[name](**{field: decode(stored[field], leaf) for field in stored})
 
 
 def _decode_dtype(node: Any, leaf: Callable[[str], Any]) -> Any:

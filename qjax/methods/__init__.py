@@ -1,8 +1,57 @@
 """The registry: a method is in it by being imported here."""
 
+from qjax.methods.awq import AWQ
+from qjax.methods.bias_correction import BiasCorrection
+from qjax.methods.cross_layer import CrossLayerEqualization
+from qjax.methods.eetq import EETQ
+from qjax.methods.gptaq import GPTAQ
+from qjax.methods.gptq import GPTQ
 from qjax.methods.hqq import HQQ
+from qjax.methods.imatrix import IMatrix
+from qjax.methods.llm_int8 import LLMInt8
+from qjax.methods.qep import QEP
+from qjax.methods.rptq import RPTQ
 from qjax.methods.rtn import RTN
+from qjax.methods.sequential_mse import SequentialMSE
+from qjax.methods.simple_ptq import SimplePTQ
+from qjax.methods.smoothquant import SmoothQuant
+from qjax.methods.zeroquant import ZeroQuant
 
-METHODS = (RTN, HQQ)
+METHODS = (
+    RTN,
+    HQQ,
+    IMatrix,
+    SequentialMSE,
+    GPTQ,
+    GPTAQ,
+    QEP,
+    AWQ,
+    SmoothQuant,
+    SimplePTQ,
+    EETQ,
+    LLMInt8,
+    ZeroQuant,
+    RPTQ,
+    BiasCorrection,
+    CrossLayerEqualization,
+)
 
-__all__ = ["HQQ", "METHODS", "RTN"]
+__all__ = [
+    "AWQ",
+    "EETQ",
+    "GPTAQ",
+    "GPTQ",
+    "HQQ",
+    "METHODS",
+    "QEP",
+    "RPTQ",
+    "RTN",
+    "BiasCorrection",
+    "CrossLayerEqualization",
+    "IMatrix",
+    "LLMInt8",
+    "SequentialMSE",
+    "SimplePTQ",
+    "SmoothQuant",
+    "ZeroQuant",
+]

@@ -1,12 +1,17 @@
 """What a method is, and the checks that all of them share."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from qjax.core.coded import Coded
 from qjax.core.formats import Format
-from qjax.core.qtensor import Activation
+from qjax.core.pytrees import register
+from qjax.core.qtensor import Activation, factor
+from qjax.core.statistics import Statistic
 
 
 @runtime_checkable
@@ -41,6 +46,140 @@ class DataFree(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found for `w[K, N]`: parts of `W = T_in (sum Q_i + L R + S)`.
+
+    A pytree. `notes` are arrays that the report shows: `damping` (the fraction that was
+    needed), `dead` (input features that were always zero), and a method's own.
+    `scale` and `zero` are the static activation range of `x T_in`, where the method and
+    no calibrator finds it.
+    """
+
+    parts: tuple[Coded, ...]
+    t_in: Any = None
+    left: Any = None
+    right: Any = None
+    sparse: Any = None
+    bias: Any = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    scale: Any = None
+    zero: Any = None
+
+    def decoded(self) -> Float32[Array, "K N"]:
+        """The weight that it stands for; the bias is not part of it."""
+        terms = [part.decode(jnp.float32) for part in self.parts]
+        total = sum(terms, start=jnp.zeros(self.parts[0].shape, jnp.float32))
+        if self.left is not None:
+            total = total + factor(self.left, jnp.float32) @ factor(
+                self.right, jnp.float32
+            )
+        if self.sparse is not None:
+            total = total + self.sparse.dense(total.shape, jnp.float32)
+        return total if self.t_in is None else self.t_in.left(total)
+
+
+register(
+    Solution,
+    ("parts", "t_in", "left", "right", "sparse", "bias", "notes", "scale", "zero"),
+)
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A method that needs statistics of the inputs of each site.
+
+    A frozen, hashable dataclass. Beside the attributes of `DataFree`:
+
+    Attributes:
+      statistics: what to accumulate over the site's input, by name.
+      full_precision: whether the statistics also see the input that the site has in
+        the full-precision model (`Cross`); a second stream then runs beside.
+      shared: whether the columns of `w[K, N]` are solved independently of each other,
+        so that sites with one input may be solved side by side along N.
+    """
+
+    targets: Any
+    ignore: Any
+
+    @property
+    def format(self) -> Format:
+        """How the weights are stored."""
+        ...
+
+    @property
+    def activation(self) -> Activation | None:
+        """How the input of the contraction is coded; None leaves it in float."""
+        ...
+
+    @property
+    def random(self) -> bool:
+        """Whether `solve_site` draws random numbers, and so needs a key."""
+        ...
+
+    @property
+    def statistics(self) -> Mapping[str, Statistic]:
+        """What to accumulate over the site's input, by name."""
+        ...
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether a full-precision stream runs beside the quantized one."""
+        ...
+
+    @property
+    def shared(self) -> bool:
+        """Whether columns are independent."""
+        ...
+
+    def solve_site(
+        self, w: Float[Array, "K N"], stats: Mapping[str, Any], key: Any = None
+    ) -> Solution:
+        """The quantized site, from finalized `statistics`; pure, jitted, vmapped."""
+        ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that read one activation, as a transform sees them.
+
+    Attributes:
+      names: of the sites.
+      ws: their weights `w[K, N]`.
+      formats: the weight formats that they will be stored in.
+      stats: finalized statistics of the activation, by the step's names.
+      tied: `values[K]` averaged over features that must share a scale.
+      errors: `errors(scales[G, K], module)`: for each candidate the squared error of
+        the output with weights `Q(diag(s) w) / s`, of the module around the sites or
+        (False) of the sites themselves.
+      producer: weights `[K_before, K]` of the linear whose outputs are the features,
+        where that is what a scale is folded into; else None.
+    """
+
+    names: tuple[str, ...]
+    ws: tuple[Any, ...]
+    formats: tuple[Format, ...]
+    stats: Mapping[str, Any]
+    tied: Callable[[Any], Any]
+    errors: Callable[[Any, bool], Any]
+    producer: Any = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a transform chose for a group: `scale[K]`, or None to leave it.
+
+    `error_before` and `error` are squared errors without and with the scale, where the
+    method measures them; `notes` go to the report.
+    """
+
+    scale: Any
+    error_before: float | None = None
+    error: float | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+    remark: str = ""
+
+
 def positive_integer(owner: str, field: str, value: Any) -> None:
     """Refuse what is not a whole number above zero.
 
@@ -70,12 +209,12 @@ def check_patterns(owner: str, targets: Any, ignore: Any) -> None:
     Raises:
         TypeError: naming the field and the value.
     """
-    for field, value in (("targets", targets), ("ignore", ignore)):
+    for name, value in (("targets", targets), ("ignore", ignore)):
         many = isinstance(value, tuple) and all(isinstance(p, str) for p in value)
         if not (
-            isinstance(value, str) or many or (value is None and field == "targets")
+            isinstance(value, str) or many or (value is None and name == "targets")
         ):
             raise TypeError(
-                f"{owner}.{field} must be a pattern or a tuple of patterns, "
+                f"{owner}.{name} must be a pattern or a tuple of patterns, "
                 f"got {value!r}"
             )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from qjax.core.coded import Coded, encode
 from qjax.core.formats import Format
 from qjax.core.qtensor import Activation
+from qjax.core.ranges import MINMAX_RANGE, check_calibrator
 from qjax.core.scales import MINMAX, MSE, AbsMax, MinMax, Percentile, Search
 from qjax.methods.base import check_patterns
 from qjax.schemes import Scheme, scheme
@@ -28,13 +29,16 @@ class RTN:
       activations: how the input of the contraction is coded, beside `weights`.
       search: how the range of each group is chosen; `MinMax()` covers every weight.
       rounding: "nearest" (halves to even) or "stochastic" (needs a key).
+      calibrator: how a static activation range is found, from calibration batches; None
+        is `MinMaxRange()`.
       targets: patterns of the sites to take; None takes all but the head, routers and
         embeddings.
       ignore: patterns of the sites to leave.
 
     Raises:
-        ValueError: an unknown name, `scheme` beside a format, or a static activation
-            range, which needs calibration data.
+        ValueError: an unknown name, `scheme` beside a format, or a calibrator where
+            there is nothing to calibrate.
+        TypeError: `calibrator` is none.
     """
 
     scheme: str | None = None
@@ -42,6 +46,7 @@ class RTN:
     activations: Activation | None = None
     search: Search = MINMAX
     rounding: str = "nearest"
+    calibrator: Any = None
     targets: str | tuple[str, ...] | None = None
     ignore: str | tuple[str, ...] = ()
 
@@ -67,13 +72,17 @@ class RTN:
             )
         if given == ["activations"]:
             raise ValueError("RTN.activations needs RTN.weights beside it")
-        if self.activation is not None and not self.activation.dynamic:
-            field = "scheme" if self.scheme else "activations"
+        self._check_calibrator()
+
+    def _check_calibrator(self):
+        static = self.activation is not None and not self.activation.dynamic
+        if self.calibrator is not None and not static:
             raise ValueError(
-                f"RTN.{field} {getattr(self, field)!r} has a static activation range, "
-                "which needs calibration data; take a dynamic one such as FP8_DYNAMIC "
-                "or W8A8"
+                f"RTN.calibrator {self.calibrator!r} has nothing to calibrate: no "
+                "activation range is static; leave it out, or take a static one such "
+                'as scheme="FP8"'
             )
+        check_calibrator("RTN", self.calibrator or MINMAX_RANGE, self.activation)
 
     @property
     def formats(self) -> Scheme:

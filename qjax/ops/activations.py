@@ -5,8 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qjax.core.formats import Float, Format, Int
-from qjax.core.qtensor import SiteActs
+from qjax.core.formats import NVFP4, Float, Format, Int
+from qjax.core.qtensor import Activation, SiteActs
 from qjax.core.rounding import straight_through
 from qjax.core.scales import Grid
 
@@ -29,23 +29,40 @@ def code_input(x: Any, acts: SiteActs) -> CodedInput:
     """Code `x[..., M, K]` with the site's activation format.
 
     Raises:
-        ValueError: the site has no activation format, or a static one has no scale.
+        ValueError: the site has no activation format, a static one has no scale, or
+            outlier features have not been split off.
     """
     activation = acts.activation
     if activation is None:
         raise ValueError("the site has no activation format")
-    transposed = jnp.swapaxes(x, -1, -2)
-    if activation.dynamic:
-        grid = activation.format.fit(transposed)
-    elif acts.scale is None:
+    if activation.outliers is not None:
         raise ValueError(
-            f"activation format {activation.format.name} is static but has no scale; "
-            "calibrate the site or use dynamic=True"
+            f"Activation.outliers is {activation.outliers!r}, but only dot sites keep "
+            "outlier features in float; give convolutions and experts another step, "
+            'or leave them out with targets="Linear"'
         )
-    else:
-        grid = Grid(acts.scale, acts.zero)
+    transposed = jnp.swapaxes(x, -1, -2)
+    grid = _input_grid(transposed, acts, activation)
     codes = activation.format.to_codes(transposed, grid)
     return CodedInput(codes, grid, activation.format)
+
+
+def _input_grid(transposed: Any, acts: SiteActs, activation: Activation) -> Grid:
+    """The grid of `x.T[..., K, M]`, from the batch or from calibration."""
+    format = activation.format
+    if activation.dynamic:
+        return format.fit(transposed)
+    # NVFP4's blocks follow the batch; the scale of their scales is what is static.
+    two_levels = isinstance(format, NVFP4)
+    if (acts.global_scale if two_levels else acts.scale) is None:
+        raise ValueError(
+            f"activation format {format.name} is static but has no "
+            f"{'global ' if two_levels else ''}scale; calibrate the site or use "
+            "dynamic=True"
+        )
+    if isinstance(format, NVFP4):
+        return format.fit(transposed, global_scale=acts.global_scale)
+    return Grid(acts.scale, acts.zero)
 
 
 def coded_values(x: Any, acts: SiteActs) -> Any:
@@ -83,6 +100,11 @@ def contraction(weight: Format, activation: Format | None) -> str:
 
 
 def _share_groups(weight: Format, activation: Format) -> bool:
-    """Whether one of the two spans K, or both cut it in the same groups."""
+    """Whether one of the two spans K, or both cut it in the same groups.
+
+    A scale for each single feature leaves nothing to accumulate.
+    """
     w, x = weight.granularity, activation.granularity
+    if x.rows == 1:
+        return False
     return w.rows is None or x.rows is None or w.rows == x.rows

@@ -17,6 +17,7 @@ from qjax.ops.activations import (
     contraction,
     integers,
 )
+from qjax.ops.outliers import split_outliers
 
 IMPLEMENTATIONS = ("auto", "xla")
 
@@ -76,7 +77,9 @@ def how(q: QTensor, site: int = 0) -> str:
     accumulator = {"int": "in int32", "float8": "in float8", "values": "as floats"}
     kind = "dynamic" if activation.dynamic else "static"
     into = ", ".join(sorted(accumulator[w] for w in ways))
-    return f"{names} x {activation.format.name} {kind} {into}"
+    kept = activation.outliers
+    beside = "" if kept is None else f", features from {kept:g} on in float"
+    return f"{names} x {activation.format.name} {kind} {into}{beside}"
 
 
 def _matmul(x: Any, q: QTensor, site: int, dtype: Any, precision: Any) -> Any:
@@ -87,8 +90,12 @@ def _matmul(x: Any, q: QTensor, site: int, dtype: Any, precision: Any) -> Any:
     if acts.activation is not None:
         ways = [contraction(p.format, acts.activation.format) for p in q.parts]
         coded = [p for p, way in zip(q.parts, ways) if way != "values"]
+        x, kept, acts = split_outliers(x, acts)
         terms = [_coded_product(x, acts, p, dtype, dot) for p in coded]
         x = coded_values(x, acts)
+        if kept is not None:
+            terms += [dot(kept, part.decode(x.dtype)) for part in coded]
+            x = x + kept
         values = [p for p, way in zip(q.parts, ways) if way == "values"]
     else:
         values = list(q.parts)

@@ -29,6 +29,11 @@ def body(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return jaxpr, ()
 
 
+def is_jaxpr(value: Any) -> bool:
+    """Whether a parameter of an equation is a jaxpr, open or closed."""
+    return hasattr(value, "eqns") or isinstance(value, (core.Jaxpr, core.ClosedJaxpr))
+
+
 def is_literal(atom: Any) -> bool:
     """Whether an equation's operand is a constant written in place."""
     return isinstance(atom, core.Literal)

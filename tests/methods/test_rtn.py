@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.core.formats import MSE, Int, Percentile, group
+from qjax.core.formats import MSE, Granularity, Int, Percentile, group, token
+from qjax.core.qtensor import Activation
+from qjax.core.ranges import (
+    KLRange,
+    MinMaxRange,
+    MovingAverageRange,
+    calibrator_of,
+)
 from qjax.methods import RTN
 from qjax.quantize import quantize
 from qjax.trace.apply import apply
@@ -84,3 +91,21 @@ def test_search_reaches_the_format(search):
 
 def test_default_is_w4a16():
     assert RTN().format == Int(4, group(128))
+
+
+def test_static_schemes_take_a_calibrator_or_the_default():
+    method = RTN("FP8")
+    assert method.activation is not None and not method.activation.dynamic
+    assert calibrator_of(method) == MinMaxRange()
+    mean = MovingAverageRange(0.1)
+    assert calibrator_of(RTN("NVFP4", calibrator=mean)) == mean
+    per_feature = Activation(Int(8, Granularity(1, None)), dynamic=False)
+    own = RTN(weights=Int(8), activations=per_feature, calibrator=KLRange())
+    assert calibrator_of(own) == KLRange()
+    assert calibrator_of(RTN("W8A8")) is None
+
+
+def test_a_static_range_for_each_token_is_refused():
+    tokens = Activation(Int(8, token()), dynamic=False)
+    with pytest.raises(ValueError, match="its scales belong to single tokens"):
+        RTN(weights=Int(8), activations=tokens)

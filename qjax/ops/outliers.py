@@ -1,0 +1,35 @@
+"""Outlier features stay in float beside int8: LLM.int8() (Dettmers et al., 2022).
+
+https://arxiv.org/abs/2208.07339, equation 8: `X W = X_O W_O + S (X_R W_R)`, with `O`
+the features that reach the threshold somewhere in the batch and `R` the others.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax.core.qtensor import SiteActs
+
+
+def split_outliers(x: Any, acts: SiteActs) -> tuple[Any, Any, SiteActs]:
+    """`x[..., M, K]` as the sum of a part to be coded and one to stay in float.
+
+    The features are found anew in every batch, so neither part can have fewer columns:
+    both are as wide as `x`, with zeros in place of the other's features, and the float
+    part meets the whole decoded weight. Shapes are static; what is saved is error, not
+    time.
+
+    Returns:
+      The part to be coded, the part in float (None if the site keeps no outliers), and
+      the record that codes the first.
+    """
+    activation = acts.activation
+    if activation is None or activation.outliers is None:
+        return x, None, acts
+    threshold = jnp.asarray(activation.outliers, x.dtype)
+    # NaN reaches no threshold: it stays in the coded part, whose scale it marks.
+    outlier = jnp.any(jnp.abs(x) >= threshold, axis=-2, keepdims=True)
+    zero = jnp.zeros((), x.dtype)
+    rest = replace(acts, activation=replace(activation, outliers=None))
+    return jnp.where(outlier, zero, x), jnp.where(outlier, x, zero), rest

@@ -1,0 +1,292 @@
+"""The sites of one point, solved in one compiled program.
+
+Sites that share an input share its statistics, and whatever their method makes of them;
+where the columns of `w[K, N]` are independent, the sites are solved side by side.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.core.coded import Coded, pack_codes
+from qjax.core.ranges import calibrator_of
+from qjax.core.scales import Grid
+from qjax.core.statistics import Hessian, SecondMoment, Statistic
+from qjax.methods.base import Solution
+from qjax.placement import NOWHERE, Placement
+from qjax.solving import Solved, site_key, weight_error
+from qjax.trace.rows import Seen, finalized
+
+# Reported errors are those of at most about so many outputs, evenly spaced: all of them
+# would cost as much as the solver.
+MEASURED_OUTPUTS = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A site to solve: its name, weights `w[*experts, K, N]`, method and repairs.
+
+    Repairs that must know what they repair (`bind`) are told once.
+    """
+
+    name: str
+    w: Any
+    method: Any
+    repairs: tuple[Any, ...]
+    dtype: Any
+
+    def __post_init__(self):
+        if self.w is None:
+            return
+        lead = self.w.shape[:-2]
+        bound = tuple(
+            repair.bind(self.method, lead) if hasattr(repair, "bind") else repair
+            for repair in self.repairs
+        )
+        object.__setattr__(self, "repairs", bound)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A solved site.
+
+    Attributes:
+      solved: what was found, with the experts' axes in front.
+      numbers: numpy arrays for the report, one value for each expert: squared errors
+        of the output `error_before` (rounded to nearest) and `error` (as solved), its
+        squared `norm`, `weight_error` and `weight_norm`, `bad_weights`, `tokens`, and
+        the method's `notes`.
+      measured: what the errors come from, see `SiteReport`.
+    """
+
+    solved: Solved
+    numbers: Mapping[str, Any]
+    measured: str
+
+
+def statistics_of(problems: Sequence[Problem]) -> dict[str, Statistic]:
+    """Everything that the problems need to know of their input, each thing once."""
+    needed: dict[Any, None] = {}
+    for problem in problems:
+        for step in (problem.method, *problem.repairs):
+            needed |= dict.fromkeys(getattr(step, "statistics", {}).values())
+        calibrator = calibrator_of(problem.method)
+        if calibrator is not None:
+            needed[calibrator.statistic(problem.method.activation.format)] = None
+    if Hessian() not in needed:
+        needed[SecondMoment()] = None
+    return {repr(statistic): statistic for statistic in needed}
+
+
+def solve_sites(
+    problems: Sequence[Problem],
+    statistics: Mapping[str, Statistic],
+    seen: Seen,
+    key: Any,
+    placement: Placement = NOWHERE,
+) -> list[Result]:
+    """The problems, solved; those of one method in one program.
+
+    Args:
+      problems: sites that read one activation.
+      statistics: what was accumulated, by name.
+      seen: the accumulated states.
+      key: for methods that draw random numbers.
+      placement: the mesh.
+    """
+    results: dict[int, Result] = {}
+    groups: dict[Any, list[int]] = {}
+    for i, problem in enumerate(problems):
+        groups.setdefault((problem.method, problem.repairs), []).append(i)
+    for (method, repairs), members in groups.items():
+        names = _names(statistics, method, repairs)
+        keys = [
+            site_key(key, problems[i].name) if method.random else None for i in members
+        ]
+        ws = tuple(problems[i].w for i in members)
+        measured = _measured(statistics, names)
+        asked = tuple((n, statistics[n]) for n in names)
+        mine = Seen({n: seen.states[n] for n in names}, seen.tokens, seen.bad)
+        solved, numbers = _solve(
+            method, repairs, asked, measured, placement, ws, mine, keys
+        )
+        numbers = jax.device_get(numbers)
+        for i, each, known in zip(members, solved, numbers):
+            blind = not known["tokens"].any()
+            results[i] = Result(each, known, "weights" if blind else measured)
+    return [results[i] for i in range(len(problems))]
+
+
+def _names(statistics: Mapping[str, Statistic], method: Any, repairs: Any) -> list[str]:
+    """The statistics that a method, its repairs and its report read."""
+    alone = statistics_of([Problem("", None, method, repairs, None)])
+    extra = [repr(Hessian())] if repr(Hessian()) in statistics else []
+    return list(dict.fromkeys([*(n for n in alone if n in statistics), *extra]))
+
+
+def _measured(statistics: Mapping[str, Statistic], names: Sequence[str]) -> str:
+    kinds = {type(statistics[name]) for name in names}
+    if Hessian in kinds:
+        return "output"
+    return "diagonal" if SecondMoment in kinds else "weights"
+
+
+def _known(statistic: Statistic, value: Any, tokens: Any) -> Any:
+    """A statistic, or that of white noise for experts that saw nothing."""
+    if isinstance(statistic, Hessian):
+        neutral = jnp.eye(value.shape[-1], dtype=value.dtype)
+    elif isinstance(statistic, SecondMoment):
+        neutral = jnp.ones((), value.dtype)
+    else:
+        return value
+    extra = value.ndim - tokens.ndim
+    nothing = jnp.reshape(tokens, (*tokens.shape, *(1,) * extra)) == 0
+    return jnp.where(nothing, neutral, value)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _solve(
+    method: Any,
+    repairs: tuple[Any, ...],
+    asked: tuple[tuple[str, Statistic], ...],
+    measured: str,
+    placement: Placement,
+    ws: tuple[Any, ...],
+    seen: Seen,
+    keys: Sequence[Any],
+) -> tuple[list[Solved], list[dict[str, Any]]]:
+    statistics = dict(asked)
+    ws = tuple(placement.matrices(ws))
+    found = {
+        name: _known(statistics[name], value, seen.tokens)
+        for name, value in finalized(statistics, seen).items()
+    }
+    lead = ws[0].shape[:-2]
+    one = partial(_solve_matrices, method, repairs, measured)
+    if not lead:
+        pairs = one(ws, found, keys)
+    else:
+        flat_ws, flat_found = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[len(lead) :]), (ws, found)
+        )
+        count = flat_ws[0].shape[0]
+        spread = [None if k is None else jax.random.split(k, count) for k in keys]
+        pairs = jax.lax.map(lambda a: one(*a), (flat_ws, flat_found, spread))
+        pairs = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), pairs)
+    numbers = placement.everywhere([{**n, "tokens": seen.tokens} for _, n in pairs])
+    return placement.everywhere([each for each, _ in pairs]), numbers
+
+
+def _solve_matrices(
+    method: Any,
+    repairs: tuple[Any, ...],
+    measured: str,
+    ws: tuple[Any, ...],
+    found: Mapping[str, Any],
+    keys: Sequence[Any],
+) -> list[tuple[Solved, dict[str, Any]]]:
+    stats = named(method, found)
+    shared = getattr(method, "shared", False) and not method.random and len(ws) > 1
+    if shared:
+        whole = _one(method, jnp.concatenate(ws, axis=-1), stats, None)
+        ends = list(accumulate(w.shape[-1] for w in ws))
+        pairs = zip([0, *ends], ends)
+        solutions = [columns(whole, start, stop) for start, stop in pairs]
+    else:
+        solutions = [_one(method, w, stats, k) for w, k in zip(ws, keys)]
+    return [
+        _finished(method, repairs, measured, w, s, found) for w, s in zip(ws, solutions)
+    ]
+
+
+def _one(method: Any, w: Any, stats: Mapping[str, Any], key: Any) -> Solution:
+    if hasattr(method, "solve_site"):
+        return method.solve_site(w, stats, key)
+    return Solution(method.solve(w, key))
+
+
+def named(step: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The statistics under the names that a step gives them."""
+    asked = getattr(step, "statistics", {})
+    return {name: found[repr(statistic)] for name, statistic in asked.items()}
+
+
+def columns(solution: Solution, start: int, stop: int) -> Solution:
+    """Some of the outputs of a solution whose columns are independent."""
+
+    def cut(part: Coded) -> Coded:
+        grid = part.grid()
+        own = Grid(
+            grid.scale[..., start:stop] if grid.scale.shape[-1] > 1 else grid.scale,
+            None if grid.zero is None else grid.zero[..., start:stop],
+            grid.codebook,
+            grid.global_scale,
+        )
+        codes = part.unpack()[..., start:stop]
+        return pack_codes(codes, own, part.format, codes.shape[-2:])
+
+    def last(x: Any) -> Any:
+        return None if x is None else x[..., start:stop]
+
+    return replace(
+        solution,
+        parts=tuple(cut(part) for part in solution.parts),
+        right=last(solution.right),
+        bias=last(solution.bias),
+    )
+
+
+def _finished(
+    method: Any,
+    repairs: tuple[Any, ...],
+    measured: str,
+    w: Any,
+    solution: Solution,
+    found: Mapping[str, Any],
+) -> tuple[Solved, dict[str, Any]]:
+    """With its repairs and its static range; and its errors."""
+    scale, zero, global_scale = solution.scale, solution.zero, None
+    solution = replace(solution, scale=None, zero=None)
+    calibrator = None if scale is not None else calibrator_of(method)
+    if calibrator is not None:
+        statistic = calibrator.statistic(method.activation.format)
+        grid = calibrator.grid(method.activation.format, found[repr(statistic)])
+        scale, zero, global_scale = grid.scale, grid.zero, grid.global_scale
+    for repair in repairs:
+        solution = repair.repair(w, solution, named(repair, found))
+    exact = w.astype(jnp.float32)
+    importance = found.get(repr(Hessian()), found.get(repr(SecondMoment())))
+    errors = weight_error(w, solution.parts)
+    some = slice(None, None, max(1, w.shape[-1] // MEASURED_OUTPUTS))
+    compared = (exact - _nearest(method, w), exact - solution.decoded(), exact)
+    before, after, norm = (
+        output_error(m[:, some], importance, measured) for m in compared
+    )
+    return Solved(solution, scale, zero, global_scale), {
+        "error_before": before,
+        "error": after,
+        "norm": norm,
+        "weight_error": errors[0],
+        "weight_norm": errors[1],
+        "bad_weights": jnp.sum(~jnp.isfinite(w)),
+        "notes": dict(solution.notes),
+    }
+
+
+def _nearest(method: Any, w: Any) -> Any:
+    """The weights rounded to nearest in the method's format."""
+    grid = method.format.fit(w)
+    return method.format.from_codes(method.format.to_codes(w, grid), grid)
+
+
+def output_error(delta: Any, importance: Any, measured: str) -> Any:
+    """`E|x delta|^2` of a matrix `delta[K, N]`."""
+    if measured == "output":
+        return jnp.sum(delta * jnp.matmul(importance, delta, precision="highest"))
+    weights = importance[:, None] if measured == "diagonal" else jnp.float32(1)
+    return jnp.sum(jnp.square(delta) * weights)

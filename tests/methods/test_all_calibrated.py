@@ -1,0 +1,248 @@
+"""The laws for recipes that need data. Adding a calibrated method is adding a row.
+
+They are those of `test_all_methods.py`; better (law 6) is measured on the output of a
+site, for inputs like those seen in calibration.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import qjax
+from qjax.core.formats import Int, group
+from qjax.core.qtensor import dequantize, is_quantized
+from qjax.methods import METHODS
+from qjax.trace.paths import flatten_with_paths
+
+L, D, H, V = 2, 64, 96, 50
+KEY = jax.random.key(7)
+G32 = Int(3, group(32))
+ASYM = Int(3, group(32), symmetric=False, zero="int")
+RTN3 = qjax.RTN(weights=G32)
+BAD_SCHEME = ({"scheme": "W4A61"}, "unknown scheme 'W4A61'")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe, its baseline, the margin of its output error, and bad fields."""
+
+    recipe: Any
+    baseline: Any
+    margin: float
+    bad: tuple[tuple[dict[str, Any], str], ...] = ()
+
+    @property
+    def method(self) -> Any:
+        return self.recipe[0] if isinstance(self.recipe, tuple) else self.recipe
+
+
+def gptq(**fields: Any) -> Any:
+    return qjax.GPTQ(weights=G32, **fields)
+
+
+BAD_GPTQ = (
+    BAD_SCHEME,
+    ({"damping": 0.0}, "GPTQ.damping"),
+    ({"block_size": 0}, "GPTQ.block_size"),
+    ({"act_order": "sometimes"}, "GPTQ.act_order"),
+    ({"targets": 3}, "targets"),
+)
+BAD_AWQ = (
+    BAD_SCHEME,
+    ({"n_grid": 0}, "AWQ.n_grid"),
+    ({"duo_scaling": "maybe"}, "AWQ.duo_scaling"),
+    ({"objective": "model"}, "AWQ.objective"),
+)
+BAD_SMOOTH = (({"smoothing_strength": 1.5}, "SmoothQuant.smoothing_strength"),)
+ROWS = {
+    "gptq": Row(gptq(), RTN3, 0.9, BAD_GPTQ),
+    "gptq-off": Row(gptq(act_order="off"), RTN3, 0.9),
+    "gptq-dynamic": Row(gptq(act_order="dynamic"), RTN3, 0.9),
+    "gptq-group": Row(gptq(act_order="group"), RTN3, 0.9),
+    "gptq-asym": Row(qjax.GPTQ(weights=ASYM), gptq(), 1.0),
+    "gptaq": Row(qjax.GPTAQ(weights=G32), RTN3, 0.9, (({"alpha": 2}, "alpha"),)),
+    "qep": Row(qjax.QEP(then=gptq()), RTN3, 0.9),
+    "imatrix": Row(qjax.IMatrix(weights=G32), RTN3, 0.97, (BAD_SCHEME,)),
+    "sequential-mse": Row(qjax.SequentialMSE(weights=G32), RTN3, 0.95, (BAD_SCHEME,)),
+    "awq": Row((qjax.AWQ(), RTN3), RTN3, 1.0, BAD_AWQ),
+    "smoothquant": Row(
+        (qjax.SmoothQuant(), qjax.RTN("W8A8")), qjax.RTN("W8A8"), 1.1, BAD_SMOOTH
+    ),
+    "simple-ptq": Row(
+        qjax.SimplePTQ("FP8"), qjax.RTN("MXFP4"), 0.5,
+        (({"calibrator": "minmax"}, "calibrator"),),
+    ),
+    "eetq": Row(qjax.EETQ(), qjax.RTN("W4A16"), 0.2),
+    "llm-int8": Row(
+        qjax.LLMInt8(), qjax.RTN("W4A16"), 0.3, (({"threshold": -1.0}, "threshold"),)
+    ),
+    "zeroquant": Row(qjax.ZeroQuant(), qjax.RTN("W4A8"), 0.4),
+    "rptq": Row(qjax.RPTQ(then=qjax.RTN(weights=Int(4))), qjax.RTN("W4A4"), 0.9),
+    "bias-correction": Row((RTN3, qjax.BiasCorrection()), RTN3, 1.0),
+    "equalization": Row((qjax.CrossLayerEqualization(), RTN3), RTN3, 1.5),
+}  # fmt: skip
+rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+
+
+def quantizer(row: Row) -> Any:
+    steps = row.recipe if isinstance(row.recipe, tuple) else (row.recipe,)
+    return next(s for s in steps if hasattr(s, "solve") or hasattr(s, "solve_site"))
+
+
+def block(p, x):
+    h = jnp.tanh((x * p["norm"]) @ p["up"]["kernel"])
+    return x + h @ p["down"]["kernel"]
+
+
+def unrolled(p, tokens):
+    x = p["embed"][tokens]
+    for layer in p["layers"]:
+        x = block(layer, x)
+    return x @ p["embed"].T
+
+
+def scanned(p, tokens):
+    x = p["embed"][tokens]
+    x, _ = lax.scan(lambda x, layer: (block(layer, x), None), x, p["layers"])
+    return x @ p["embed"].T
+
+
+@cache
+def make(dtype=jnp.float32):
+    rng = np.random.default_rng(3)
+
+    def draw(*shape, spread=0.1):
+        return jnp.asarray(rng.standard_t(5, shape) * spread, dtype)
+
+    def layer():
+        norm = jnp.asarray(np.exp(rng.normal(size=D)), dtype)
+        return {
+            "norm": norm,
+            "up": {"kernel": draw(D, H)},
+            "down": {"kernel": draw(H, D)},
+        }
+
+    return {"embed": draw(V, D, spread=1.0), "layers": [layer() for _ in range(L)]}
+
+
+def stack(params):
+    layers = jax.tree.map(lambda *x: jnp.stack(x), *params["layers"])
+    return {**params, "layers": layers}
+
+
+def batches():
+    rng = np.random.default_rng(5)
+    return [(rng.integers(0, V, (8, 16)).astype(np.int32),) for _ in range(3)]
+
+
+TOKENS = jnp.asarray(batches()[0][0][:3, :6])
+
+
+def run(recipe, f, params):
+    return qjax.quantize(f, params, recipe, batches(), key=KEY, progress=False)
+
+
+@cache
+def flat(recipe, dtype=jnp.float32):
+    return run(recipe, unrolled, make(dtype))
+
+
+def same(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in leaves)
+
+
+@rows
+def test_1_2_paths_shapes_and_dtypes(row):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        quantized, kept = flat(row.recipe, dtype), make(dtype)
+        before = [path for path, _ in flatten_with_paths(kept)]
+        assert [path for path, _ in flatten_with_paths(quantized)] == before
+        low = [p for p, leaf in flatten_with_paths(quantized) if is_quantized(leaf)]
+        assert low == [
+            f"layers/{i}/{n}/kernel" for i in range(L) for n in ("down", "up")
+        ]
+        back = dequantize(quantized)
+        for x, w in zip(jax.tree.leaves(back), jax.tree.leaves(kept), strict=True):
+            assert (x.shape, x.dtype) == (w.shape, w.dtype)
+            assert bool(jnp.isfinite(x).all())
+
+
+@rows
+def test_3_apply_is_the_function_on_dequantized_weights(row):
+    steps = row.recipe if isinstance(row.recipe, tuple) else (row.recipe,)
+    biased = any(isinstance(step, qjax.BiasCorrection) for step in steps)
+    if biased or quantizer(row).activation is not None:
+        pytest.skip("codes activations, or adds a bias that the leaf has not")
+    quantized = flat(row.recipe)
+    given = qjax.apply(unrolled)(quantized, TOKENS)
+    with jax.default_matmul_precision("highest"):
+        expected = unrolled(dequantize(quantized), TOKENS)
+    # Accumulation order alone, of sums as large as the largest logit.
+    slack = 1e-6 * float(jnp.abs(expected).max())
+    np.testing.assert_allclose(given, expected, rtol=0, atol=slack)
+
+
+@rows
+def test_4_scan_equals_unrolled(row):
+    deep = run(row.recipe, scanned, stack(make()))
+    assert same(stack(flat(row.recipe))["layers"], deep["layers"])
+
+
+def output_error(recipe) -> float:
+    """Of the logits, for the calibration inputs."""
+    quantized = flat(recipe)
+    pairs = [
+        (qjax.apply(unrolled)(quantized, jnp.asarray(b)), unrolled(make(), b))
+        for (b,) in batches()
+    ]
+    return sum(float(jnp.sum(jnp.square(a - b))) for a, b in pairs)
+
+
+@rows
+def test_6_better_than_its_baseline(row):
+    assert output_error(row.recipe) < row.margin * output_error(row.baseline)
+
+
+@rows
+def test_5_7_deterministic(row):
+    assert same(flat(row.recipe), run(row.recipe, unrolled, make()))
+
+
+@rows
+def test_8_save_and_load(row, tmp_path):
+    quantized = flat(row.recipe)
+    qjax.save(tmp_path / "model", quantized, recipe=row.recipe)
+    back = qjax.restore(tmp_path / "model")
+    assert same(back, quantized)
+    a, b = (jax.jit(qjax.apply(unrolled))(q, TOKENS) for q in (back, quantized))
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@rows
+def test_10_bad_hyperparameters_are_named(row):
+    for fields, message in row.bad:
+        with pytest.raises((TypeError, ValueError), match=message):
+            type(row.method)(**fields)
+
+
+def test_every_registered_method_has_a_row():
+    steps = [
+        step
+        for row in ROWS.values()
+        for step in (row.recipe if isinstance(row.recipe, tuple) else (row.recipe,))
+    ]
+    data_free = {qjax.HQQ}  # rows of test_all_methods.py
+    assert {type(step) for step in steps} | data_free == set(METHODS)
+
+
+@rows
+def test_methods_are_hashable_and_print_their_fields(row):
+    assert hash(row.method) == hash(replace(row.method))
+    assert type(row.method).__name__ in repr(row.method)

@@ -1,0 +1,399 @@
+"""Recipes as text, ours and llm-compressor's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qjax.allocate import MixedPrecision
+from qjax.core.formats import (
+    MX,
+    NVFP4,
+    Codebook,
+    Float,
+    Int,
+    block,
+    channel,
+    group,
+    tensor,
+    token,
+)
+from qjax.core.qtensor import Activation
+from qjax.core.ranges import MinMaxRange, MovingAverageRange, PercentileRange
+from qjax.core.scales import MSE, Percentile
+from qjax.io.huggingface import read_config
+from qjax.methods import (
+    AWQ,
+    EETQ,
+    GPTQ,
+    HQQ,
+    METHODS,
+    QEP,
+    RTN,
+    IMatrix,
+    SimplePTQ,
+    SmoothQuant,
+)
+from qjax.recipe_files import read_recipe, write_recipe
+from qjax.recipe_schemes import activation_of, scheme_of
+from qjax.recipes import steps_of
+from qjax.schemes import SCHEMES, Scheme, scheme
+from qjax.trace.control import QuantizationWarning
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "qjax/models/tiny_llama"
+PRESETS = json.loads((ROOT / "tests/golden/presets.json").read_text())["presets"]
+
+RECIPES = [
+    (RTN(),),
+    (RTN("W8A16", ignore=("layers/0", "re:.*down"), targets="Linear"), EETQ()),
+    (AWQ(n_grid=7, duo_scaling="both"), GPTQ(scheme="W4A16_ASYM", damping=0.1)),
+    (SmoothQuant(0.8, span=True), SimplePTQ()),
+    (
+        GPTQ(
+            weights=Int(3, group(64), symmetric=False),
+            activations=Activation(Int(8, tensor()), dynamic=False),
+            calibrator=PercentileRange(99.0),
+            search=MSE(grid=10),
+            act_order=None,
+        ),
+    ),
+    (RTN(weights=Int(4, block(32, 16), zero="float"), search=Percentile(98)),),
+    (RTN(weights=NVFP4()), HQQ(weights=Int(2, channel(), zero="float"), p=0.5)),
+    (RTN(weights=Codebook((-1.0, 0.0, 0.5, 1.0), group(8)), rounding="stochastic"),),
+    (RTN(weights=MX("fp6"), activations=Activation(Float("e4m3", token()))),),
+    (QEP(then=RTN("W4A16")),),
+    (
+        MixedPrecision((None, RTN("W4A16"), RTN("FP8_DYNAMIC")), target_bits=5),
+        RTN("W8A16", targets=("lm_head",)),
+    ),
+]
+
+
+@pytest.mark.parametrize("steps", RECIPES)
+def test_our_form_round_trips(steps):
+    assert read_recipe(write_recipe(steps)) == steps
+
+
+def test_every_method_can_be_written():
+    for method in METHODS:
+        step = method(RTN()) if method is QEP else method()
+        assert read_recipe(write_recipe(step)) == (step,)
+
+
+def test_only_what_differs_from_the_defaults_is_written():
+    assert write_recipe(RTN(weights=Int(4, group(128)))) == (
+        "- RTN:\n    weights:\n      Int:\n        bits: 4\n"
+        "        granularity:\n          group: 128\n"
+    )
+    assert write_recipe(EETQ()) == "- EETQ: {}\n"
+
+
+def test_short_forms():
+    text = """
+    - AWQ: {n_grid: 7}
+    - GPTQ:
+        weights: {Int: {bits: 4, granularity: {group: 128}}}
+        activations: {Activation: {format: {Int: {bits: 8, granularity: token}}}}
+        search: MSE
+        targets: [layers/1, "re:.*q_proj"]
+    - RTN: {weights: NVFP4}
+    - EETQ
+    """
+    acts = Activation(Int(8, token()))
+    named = ("layers/1", "re:.*q_proj")
+    assert read_recipe(text) == (
+        AWQ(n_grid=7),
+        GPTQ(weights=Int(4, group(128)), activations=acts, search=MSE(), targets=named),
+        RTN(weights=NVFP4()),
+        EETQ(),
+    )
+    assert read_recipe("{RTN: {scheme: W4A16}}") == (RTN("W4A16"),)
+
+
+def test_a_file(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(write_recipe(RECIPES[2]))
+    assert read_recipe(file) == read_recipe(str(file)) == RECIPES[2]
+    with pytest.raises(FileNotFoundError, match=r"'recipe\.yml' does not exist"):
+        read_recipe("recipe.yml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- RTM: {}", r"'RTM' is unknown; known are RTN, HQQ.*MixedPrecision"),
+        ("- RTN: {sheme: W4A16}", r"RTN: 'sheme' is unknown; fields are scheme, wei"),
+        ("- RTN: {scheme: W4A61}", "unknown scheme 'W4A61'"),
+        (
+            "- RTN: {weights: {Int: {bit: 4}}}",
+            "Int: 'bit' is unknown; fields are bits",
+        ),
+        ("- RTN: {weights: {Int: {}}}", "Int: 'bits' is missing"),
+        ("- RTN: {weights: Uint}", "RTN.weights: 'Uint' is unknown; known are Int"),
+        (
+            "- RTN: {weights: {Int: {bits: 4, granularity: {group: []}}}}",
+            "group takes 1",
+        ),
+        ("- RTN: W4A16", "RTN: expected {field: value}, got 'W4A16'"),
+        ("- {RTN: {}, HQQ: {}}", "expected one {Name"),
+        ("- RTN: {scheme: W4A16, scheme: FP8}", "key 'scheme' twice .* line 1"),
+        ("- RTN: {", "the recipe is not YAML"),
+        ("[]", "a recipe is a list of steps"),
+    ],
+)
+def test_what_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        read_recipe(text)
+
+
+def test_only_methods_of_ours_are_written():
+    with pytest.raises(TypeError, match="holds qjax's own methods, got 'W4A16'"):
+        write_recipe("W4A16")
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"UNQUANTIZED"}))
+def test_scheme_is_compressed_tensors_preset(name):
+    preset = PRESETS[name]
+    weights = scheme_of(name, preset["weights"])
+    activations = activation_of(name, preset.get("input_activations"))
+    assert scheme(name) == Scheme(weights, activations)
+
+
+def test_every_preset_is_there_and_ours_are_known():
+    ours = {"NF4", "NF4_DQ", "FP4", "BINARY", "TERNARY"}
+    assert set(SCHEMES) - ours == set(PRESETS) - {"UNQUANTIZED"}
+    assert ours <= set(SCHEMES)
+
+
+def stages(modifiers):
+    return json.dumps({"quant_stage": {"quant_modifiers": modifiers}})
+
+
+LINEAR = {"targets": "Linear", "ignore": ["lm_head"]}
+W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+W8_CHANNEL = {"num_bits": 8, "strategy": "channel", "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "steps"),
+    [
+        ({"GPTQModifier": {"scheme": "W4A16", **LINEAR}}, (GPTQ(scheme="W4A16"),)),
+        (
+            {
+                "GPTQModifier": {
+                    "config_groups": {
+                        "group_0": {"weights": {**W4, "actorder": "weight"}}
+                    },
+                    "ignore": ["re:.*lm_head"],
+                    "dampening_frac": 0.05,
+                    "block_size": 64,
+                    "sequential_update": True,
+                }
+            },
+            (
+                GPTQ(
+                    weights=Int(4, group(128)),
+                    damping=0.05,
+                    block_size=64,
+                    act_order="static",
+                ),
+            ),
+        ),
+        (
+            {"GPTQModifier": {"scheme": "W4A16", "actorder": None, **LINEAR}},
+            (GPTQ(scheme="W4A16", act_order="off"),),
+        ),
+        (
+            {
+                "SmoothQuantModifier": {"smoothing_strength": 0.8},
+                "GPTQModifier": {"scheme": "W8A8", **LINEAR},
+            },
+            (SmoothQuant(0.8, span=True), GPTQ(scheme="W8A8")),
+        ),
+        (
+            {
+                "AWQModifier": {"duo_scaling": "both", "n_grid": 10},
+                "QuantizationModifier": {"scheme": "W4A16_ASYM", **LINEAR},
+            },
+            (AWQ(duo_scaling="both", n_grid=10), RTN(scheme="W4A16_ASYM")),
+        ),
+        (
+            {"AWQModifier": {"scheme": "W4A16", **LINEAR}},
+            (AWQ(), RTN(scheme="W4A16")),
+        ),
+        (
+            {"QuantizationModifier": {"scheme": "fp8", **LINEAR}},
+            (RTN(scheme="FP8", calibrator=MinMaxRange()),),
+        ),
+        (
+            {
+                "QuantizationModifier": {
+                    "config_groups": {
+                        "group_0": {
+                            "weights": W8_CHANNEL,
+                            "input_activations": {"num_bits": 8, "strategy": "tensor"},
+                            "targets": ["Linear"],
+                        }
+                    },
+                    "weight_observer": "mse",
+                    **LINEAR,
+                }
+            },
+            (
+                RTN(
+                    weights=Int(8, channel()),
+                    activations=Activation(Int(8, tensor()), dynamic=False),
+                    search=MSE(),
+                    calibrator=MovingAverageRange(),
+                ),
+            ),
+        ),
+        (
+            {"QuantizationModifier": {"scheme": "W8A16", "targets": ["Linear"]}},
+            (RTN(scheme="W8A16", targets="Linear"),),
+        ),
+        (
+            {
+                "QuantizationModifier": {
+                    "scheme": "W4A16",
+                    "observer": {"weights": "imatrix_mse"},
+                    **LINEAR,
+                }
+            },
+            (IMatrix(scheme="W4A16"),),
+        ),
+    ],
+)
+def test_stages_of_llm_compressor(modifiers, steps):
+    found = read_recipe(stages(modifiers))
+    assert found == steps == steps_of(found)
+
+
+def test_yaml_as_their_documentation_has_it():
+    text = """
+    quant_stage:
+      quant_modifiers:
+        GPTQModifier:
+          sequential_update: true
+          dampening_frac: 0.02
+          ignore: ["lm_head"]
+          config_groups:
+            group_0:
+              weights: {num_bits: 4, type: "int", symmetric: false,
+                        strategy: "group", group_size: 64, observer: "mse",
+                        observer_kwargs: {maxshrink: 0.5, grid: 50.0}}
+              targets: ["Linear"]
+    """
+    fields = {"search": MSE(grid=50, maxshrink=0.5), "damping": 0.02}
+    weights = Int(4, group(64), symmetric=False)
+    assert read_recipe(text) == (GPTQ(weights=weights, **fields),)
+
+
+def test_patterns_on_module_names():
+    modifiers = {
+        "GPTQModifier": {
+            "scheme": "W4A16",
+            "targets": ["re:.*self_attn.(q|k)_proj$", "model.layers.7.mlp.up_proj"],
+            "ignore": ["re:.*layers\\.[0-5]\\."],
+        },
+        "QuantizationModifier": {
+            "scheme": "W8A16",
+            "targets": ["Linear"],
+            "ignore": ["lm_head", "re:.*down_proj"],
+        },
+    }
+    gptq, rtn = read_recipe(stages(modifiers), TINY)
+    assert set(gptq.targets) == {
+        *(f"layers/{n}/attn/{p}_proj/kernel" for n in (6, 7) for p in "qk"),
+        "layers/7/mlp/up_proj/kernel",
+    }
+    assert rtn.targets is None
+    assert rtn.ignore == tuple(f"layers/{n}/mlp/down_proj/kernel" for n in range(8))
+
+
+def test_a_model_turns_the_usual_patterns_into_the_default():
+    given = {"QuantizationModifier": {"scheme": "W8A16", **LINEAR}}
+    assert read_recipe(stages(given), TINY) == (RTN(scheme="W8A16"),)
+    assert read_config(TINY)[1].tied
+
+
+def test_patterns_that_match_nothing():
+    wrong = {"scheme": "W8A16", "targets": ["re:.*c_attn"]}
+    with pytest.raises(ValueError, match=r"targets 're:.*c_attn' matches no module"):
+        read_recipe(stages({"GPTQModifier": wrong}), TINY)
+    ignored = {"scheme": "W8A16", "ignore": ["re:.*gate$"]}
+    with pytest.warns(QuantizationWarning, match=r"ignore 're:.*gate\$' matches no"):
+        read_recipe(stages({"GPTQModifier": ignored}), TINY)
+
+
+def test_mappings_are_the_traced_programs():
+    given = {"SmoothQuantModifier": {"mappings": [[["re:.*q_proj"], "re:.*norm"]]}}
+    with pytest.warns(QuantizationWarning, match="mappings is not used"):
+        assert read_recipe(stages(given)) == (SmoothQuant(span=True),)
+
+
+GROUP = {"group_0": {"weights": {**W4, "bits": 4}}}
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "said"),
+    [
+        ({"SparseGPTModifier": {}}, "'SparseGPTModifier' is unknown; known are Quant"),
+        ({"GPTQModifier": {"percdamp": 1}}, "'percdamp' is unknown; known .*dampening"),
+        ({"GPTQModifier": {"scheme": "W4A61"}}, "unknown scheme 'W4A61'"),
+        ({"GPTQModifier": {"config_groups": GROUP}}, "weights: 'bits' is unknown; kno"),
+        ({"GPTQModifier": {}}, "needs scheme or config_groups"),
+        (
+            {"GPTQModifier": {"scheme": "W4A16", "actorder": "x"}},
+            "actorder 'x' is",
+        ),
+        (
+            {"GPTQModifier": {"scheme": "W4A16", "targets": ["re:.*q_proj"]}},
+            r"'re:.*q_proj' names modules .* model=folder_or_id",
+        ),
+        (
+            {"GPTQModifier": {"scheme": "W4A16", "kv_cache_scheme": {"num_bits": 8}}},
+            "kv_cache_scheme",
+        ),
+        ({"AutoRoundModifier": {"scheme": "W4A16"}}, "joins with the learned methods"),
+        (
+            {"QuantizationModifier": {"scheme": "FP8", "input_observer": "median"}},
+            "input observer 'median' has no counterpart; known are minmax",
+        ),
+        (
+            {"SmoothQuantModifier": {"algorithm": "log_equalization"}},
+            "algorithm 'log_equalization' has no counterpart",
+        ),
+    ],
+)
+def test_what_has_no_counterpart(modifiers, said):
+    with pytest.raises(ValueError, match=said):
+        read_recipe(stages(modifiers))
+
+
+def test_experts_are_one_leaf(tmp_path):
+    config = {
+        "model_type": "qwen3_moe", "vocab_size": 32, "hidden_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 8, "intermediate_size": 32, "moe_intermediate_size": 16,
+        "num_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 32,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "norm_topk_prob": True, "tie_word_embeddings": False,
+        "hidden_act": "silu", "attention_bias": False, "rope_scaling": None,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def read(**fields):
+        given = {"QuantizationModifier": {"scheme": "W8A16", **fields}}
+        return read_recipe(stages(given), tmp_path)[0]
+
+    assert read(**LINEAR) == RTN(scheme="W8A16")
+    assert "lm_head/kernel" in read(targets="Linear").targets
+    up = read(targets=["re:.*experts.*up_proj"])
+    assert up.targets == tuple(f"layers/{n}/mlp/experts/up_proj/kernel" for n in (0, 1))
+    assert read(targets=["re:.*mlp.gate$"]).targets == tuple(
+        f"layers/{n}/mlp/router/kernel" for n in (0, 1)
+    )
+    with pytest.raises(ValueError, match=r"experts\.0\.up_proj is left where other"):
+        read(targets=["re:.*experts.1.up_proj"])
