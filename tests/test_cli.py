@@ -5,16 +5,19 @@ import io
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 from safetensors.numpy import save_file
 
+import qjax
 from qjax import results
 from qjax.cli import main
 from qjax.commands.inputs import TextOptions
 from qjax.commands.memory import PeakMemory
+from qjax.commands.quantize import Quantize
 from qjax.io.checkpoint import save
 from qjax.io.huggingface import load_model
 
@@ -263,10 +266,15 @@ def test_choose_answers_by_flags(folder, capfd):
     assert "hqq-int3-g64" in out and "W4A16" not in out
 
 
+def test_a_transform_with_a_scheme_is_followed_by_rounding():
+    steps = Quantize("bundled", Path("out"), "smoothquant", "W8A8").make_recipe()
+    assert steps == (qjax.SmoothQuant(), qjax.RTN("W8A8"))
+
+
 def test_choose_names_methods_that_are_not_here(capfd):
-    code, out, _ = run(capfd, "choose", "--calibration", "yes")
+    code, out, _ = run(capfd, "choose", "--training", "yes")
     assert code == 0
-    assert "GPTQ would suit too, but this version does not have it" in out
+    assert "QAT would suit too, but this version does not have it" in out
 
 
 def test_choose_asks_on_a_terminal(monkeypatch, capfd):
@@ -310,7 +318,9 @@ def test_choose_runs_what_it_recommends(folder, small, tmp_path, capfd):
         (["sites", "/no/such/folder"], "/no/such/folder"),
         (["quantize", "FOLDER", "OUT", "--scheme", "W9A9"], "unknown scheme 'W9A9'"),
         (["quantize", "FOLDER", "OUT", "--bits", "4"], "--bits is not an opt"),
-        (["quantize", "FOLDER", "OUT", "--recipe", "AWQ"], "recipe 'AWQ' is unknown"),
+        (["quantize", "FOLDER", "OUT", "--recipe", "BWQ"], "recipe 'BWQ' is unknown"),
+        (["quantize", "FOLDER", "OUT", "--recipe", "AWQ"], "quantizes no weights"),
+        (["quantize", "FOLDER", "OUT", "--recipe", "QEP"], "takes another method"),
         (["quantize", "FOLDER", "OUT", "--recipe", "HQQ", "--bits", "9"], "bits"),
         (["quantize", "FOLDER", "OUT", "--targets", "q_prj"], "matches no site"),
         (["quantize", "NONE", "FOLDER"], "was not saved by qjax"),

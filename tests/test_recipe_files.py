@@ -29,6 +29,7 @@ from qjax.methods import (
     HQQ,
     METHODS,
     QEP,
+    RPTQ,
     RTN,
     IMatrix,
     SimplePTQ,
@@ -77,7 +78,8 @@ def test_our_form_round_trips(steps):
 
 def test_every_method_can_be_written():
     for method in METHODS:
-        step = method(RTN()) if method is QEP else method()
+        inner = {QEP: RTN(), RPTQ: RTN(weights=Int(4))}.get(method)
+        step = method() if inner is None else method(inner)
         assert read_recipe(write_recipe(step)) == (step,)
 
 

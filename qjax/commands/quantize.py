@@ -16,7 +16,7 @@ from qjax.io.checkpoint import check_target, save
 from qjax.plots import error_plot
 from qjax.quantize import quantize_with_report
 from qjax.recipe_files import read_recipe
-from qjax.recipes import needs_data, steps_of
+from qjax.recipes import is_quantizer, needs_data, steps_of
 
 METHODS = {method.__name__.lower(): method for method in methods.METHODS}
 # What a Hugging Face folder holds beside its weights: configuration and tokenizer.
@@ -39,7 +39,8 @@ class Quantize:
     """A method (RTN, GPTQ, AWQ, ...) with the options below, a short name
     (hqq-int3-g64), or a YAML file of steps."""
     scheme: str | None = None
-    """Formats by llm-compressor's name: W4A16 (default), W8A8, FP8_DYNAMIC, ..."""
+    """Formats by llm-compressor's name: W4A16 (default), W8A8, FP8_DYNAMIC, ...
+    Beside SmoothQuant, BiasCorrection or CrossLayerEqualization: those of an RTN."""
     bits: int | None = None
     """Bits per code, for HQQ: 1 to 8 (default 4)."""
     group_size: int | None = None
@@ -116,12 +117,29 @@ class Quantize:
         method = METHODS.get(self.recipe.lower())
         if method is None:
             return self._short(patterns, given)
-        known = set(method.__dataclass_fields__)
+        fields = method.__dataclass_fields__
+        if "then" in fields:
+            raise ValueError(
+                f"--recipe {method.__name__} takes another method in its field `then`: "
+                "write both in a YAML file"
+            )
+        beside = hasattr(method, "transform") or hasattr(method, "repair")
+        rounded = ()
+        if beside and "scheme" in given and "scheme" not in fields:
+            rounded = (methods.RTN(given.pop("scheme"), **patterns),)
         for name in given:
-            if name not in known:
+            if name not in fields:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is not an option of {method.__name__}")
-        return method(**given, **patterns)
+        recipe = method(**given, **patterns)
+        if rounded:
+            return recipe, *rounded
+        if not any(is_quantizer(step) for step in steps_of(recipe)):
+            raise ValueError(
+                f"--recipe {method.__name__} quantizes no weights by itself: add "
+                "--scheme, such as W8A8, or write a YAML file of steps"
+            )
+        return recipe
 
     def _short(self, patterns: dict[str, Any], given: dict[str, Any]) -> Any:
         if given:
