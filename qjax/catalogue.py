@@ -1,17 +1,35 @@
 """Recipes by short names, for the command line and for tables.
 
-`rtn-int4-g64`, `hqq-int4-g64`, `gptq-int4-g128` and `awq-int4-g128` (any bits, any
-group size), `smoothquant-w8a8`, the formats of `FORMATS`, and every scheme by its own
-name (`W4A16`, `FP8_DYNAMIC`, ...), which then is rounded to nearest. GPTQ, AWQ and
-SmoothQuant need calibration data.
+`rtn-int4-g64`, `hqq-int4-g64`, `gptq-int4-g128` (any method of `INTEGERS`, any bits,
+any group size), what `FORMATS` and `SPECIAL` name, and every scheme by its own
+name (`W4A16`, `FP8_DYNAMIC`, ...), which then is rounded to nearest.
 """
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from qjax.allocate import MixedPrecision
 from qjax.core.formats import Float, Int, channel, group
-from qjax.methods import AWQ, GPTQ, HQQ, RTN, SmoothQuant
+from qjax.methods import (
+    AWQ,
+    EETQ,
+    GPTAQ,
+    GPTQ,
+    HQQ,
+    QEP,
+    RPTQ,
+    RTN,
+    BiasCorrection,
+    CrossLayerEqualization,
+    IMatrix,
+    LLMInt8,
+    SequentialMSE,
+    SimplePTQ,
+    SmoothQuant,
+    ZeroQuant,
+)
 from qjax.schemes import SCHEMES
 
 
@@ -33,7 +51,55 @@ FORMATS: dict[str, Named] = {
     "mxfp4a16": Named("mxfp4a16", "MXFP4", RTN(scheme="MXFP4A16")),
     "nvfp4a16": Named("nvfp4a16", "NVFP4", RTN(scheme="NVFP4A16")),
 }
-INTEGER = re.compile(r"(rtn|hqq|gptq|awq)-int(\d+)-g(\d+)")
+# Integer weights in groups, by a method that takes a format.
+INTEGERS: dict[str, tuple[str, Callable[[Int], Any]]] = {
+    "rtn": ("RTN", lambda weights: RTN(weights=weights)),
+    "imatrix": ("IMatrix", lambda weights: IMatrix(weights=weights)),
+    "seqmse": ("SequentialMSE", lambda weights: SequentialMSE(weights=weights)),
+    "awq": ("AWQ", lambda weights: AWQ(weights=weights)),
+    "gptq": ("GPTQ", lambda weights: GPTQ(weights=weights)),
+    "gptaq": ("GPTAQ", lambda weights: GPTAQ(weights=weights)),
+    "qep": ("QEP", lambda weights: QEP(GPTQ(weights=weights))),
+}
+INTEGER = re.compile(rf"({'|'.join(('hqq', *INTEGERS))})-int(\d+)-g(\d+)")
+
+# By a name of their own: coded activations, or several formats.
+SPECIAL: dict[str, Named] = {
+    "eetq": Named("eetq", "EETQ (W8A16)", EETQ()),
+    "simple-ptq": Named("simple-ptq", "SimplePTQ W8A8", SimplePTQ()),
+    "bias-w8a8": Named(
+        "bias-w8a8", "BiasCorrection W8A8", (RTN("W8A8"), BiasCorrection())
+    ),
+    "cle-w8a8": Named(
+        "cle-w8a8",
+        "CrossLayerEqualization W8A8",
+        (CrossLayerEqualization(), RTN("W8A8")),
+    ),
+    "smoothquant-w8a8": Named(
+        "smoothquant-w8a8", "SmoothQuant W8A8", (SmoothQuant(), RTN("W8A8"))
+    ),
+    "smoothquant-gptq-w8a8": Named(
+        "smoothquant-gptq-w8a8",
+        "SmoothQuant and GPTQ W8A8",
+        (SmoothQuant(0.8), GPTQ("W8A8")),
+    ),
+    "llm-int8": Named("llm-int8", "LLM.int8()", LLMInt8()),
+    "zeroquant": Named("zeroquant", "ZeroQuant W8A8", ZeroQuant()),
+    "mixed-4": Named(
+        "mixed-4",
+        "MixedPrecision, GPTQ 2 to 8 bits",
+        MixedPrecision(
+            tuple(
+                GPTQ(weights=Int(bits, group(128), symmetric=False, zero="int"))
+                for bits in (2, 3, 4, 8)
+            ),
+            target_bits=4,
+        ),
+    ),
+    "rptq-w4a8": Named(
+        "rptq-w4a8", "RPTQ W4A8", RPTQ(GPTQ(weights=Int(4, group(128))))
+    ),
+}
 
 # What `qjax compare` runs beside full precision unless told otherwise.
 COMPARED: tuple[str, ...] = (
@@ -45,6 +111,17 @@ COMPARED: tuple[str, ...] = (
     ),
     *FORMATS,
 )
+# What needs calibration data, or codes activations; `--recipes calibrated`.
+CALIBRATED: tuple[str, ...] = (
+    *(
+        f"{method}-int{bits}-g128"
+        for method in ("imatrix", "seqmse", "awq", "gptq", "gptaq", "qep")
+        for bits in (4, 3, 2)
+    ),
+    "W8A8",
+    *SPECIAL,
+)
+GROUPS: dict[str, tuple[str, ...]] = {"data-free": COMPARED, "calibrated": CALIBRATED}
 
 
 def named(name: str) -> Named:
@@ -62,24 +139,29 @@ def named(name: str) -> Named:
     """
     key = name.strip().lower()
     if found := INTEGER.fullmatch(key):
-        return _integer(key, found[1].upper(), int(found[2]), int(found[3]))
-    if key == "smoothquant-w8a8":
-        return Named(key, "SmoothQuant W8A8", (SmoothQuant(), RTN("W8A8")))
-    if key in FORMATS:
-        return FORMATS[key]
+        return _integer(key, found[1], int(found[2]), int(found[3]))
+    for known in (FORMATS, SPECIAL):
+        if key in known:
+            return known[key]
     if key.upper() in SCHEMES:
         return Named(key, key.upper(), RTN(scheme=key.upper()))
     raise ValueError(
-        f"recipe {name!r} is unknown: give rtn-int4-g64, hqq-int4-g64 (or gptq, awq; "
-        f"any bits and group size), smoothquant-w8a8, {', '.join(FORMATS)}, or a "
-        f"scheme: {', '.join(SCHEMES)}"
+        f"recipe {name!r} is unknown: give hqq-int4-g64 (or {', '.join(INTEGERS)}; any "
+        f"bits and group size), {', '.join((*FORMATS, *SPECIAL))}, or a scheme: "
+        f"{', '.join(SCHEMES)}"
     )
 
 
+def expanded(names: Iterable[str]) -> list[Named]:
+    """The recipes of names, of which those of `GROUPS` stand for several."""
+    return [named(one) for name in names for one in GROUPS.get(name, (name,))]
+
+
 def _integer(key: str, method: str, bits: int, size: int) -> Named:
-    if method == "HQQ":
-        recipe = HQQ(bits=bits, group_size=size)
+    """All methods but HQQ have asymmetric codes with integer zero points."""
+    if method == "hqq":
+        label, recipe = "HQQ", HQQ(bits=bits, group_size=size)
     else:
-        weights = Int(bits, group(size), symmetric=False, zero="int")
-        recipe = {"RTN": RTN, "GPTQ": GPTQ, "AWQ": AWQ}[method](weights=weights)
-    return Named(key, f"{method} int{bits} g{size}", recipe, f"{method} g{size}")
+        label, make = INTEGERS[method]
+        recipe = make(Int(bits, group(size), symmetric=False, zero="int"))
+    return Named(key, f"{label} int{bits} g{size}", recipe, f"{label} g{size}")

@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="qjax",
         args=arguments,
         config=(
-            tyro.conf.OmitArgPrefixes,
             tyro.conf.OmitSubcommandPrefixes,
             tyro.conf.PositionalMetavarFromFieldName,
         ),

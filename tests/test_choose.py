@@ -5,9 +5,11 @@ import itertools
 import pytest
 
 from qjax import methods
-from qjax.catalogue import COMPARED, named
+from qjax.allocate import MixedPrecision
+from qjax.catalogue import COMPARED, expanded, named
 from qjax.choose import OPTIONS, Needs, choose, would_suit
 from qjax.methods import HQQ, RTN
+from qjax.recipes import steps_of
 
 HARDWARE = ("cpu", "gpu", "tpu")
 PRIORITIES = ("memory", "quality", "speed", "simplicity", "changing-inputs")
@@ -127,6 +129,13 @@ def test_compared_recipes_are_the_table_of_the_demo():
     assert all(each.recipe.activation is None for each in found)
 
 
+def test_every_method_has_a_short_name():
+    recipes = [one.recipe for one in expanded(("data-free", "calibrated"))]
+    steps = {step for recipe in recipes for step in steps_of(recipe)}
+    steps |= {step.then for step in steps if hasattr(step, "then")}
+    assert {type(step) for step in steps} == {*methods.METHODS, MixedPrecision}
+
+
 def test_names_give_recipes():
     assert named("hqq-int3-g64").recipe == HQQ(bits=3, group_size=64)
     assert named("w4a16").recipe == RTN(scheme="W4A16")
@@ -137,7 +146,7 @@ def test_names_give_recipes():
 
 @pytest.mark.parametrize("name", ["awq", "rtn-int4", "hqq-int4-g", ""])
 def test_unknown_names_list_the_known(name):
-    with pytest.raises(ValueError, match=r"is unknown: give rtn-int4-g64.*FP8_DYNAMIC"):
+    with pytest.raises(ValueError, match=r"is unknown: give hqq-int4-g64.*FP8_DYNAMIC"):
         named(name)
 
 

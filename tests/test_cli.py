@@ -158,10 +158,45 @@ def test_compare_writes_a_table_lines_and_a_picture(compared):
     assert imread(out / "compare.png").shape[0] > 500
 
 
+def test_compare_calibrates_with_tokens_that_it_does_not_evaluate(
+    folder, text, small, tmp_path, capfd
+):
+    arguments = ["compare", "--model", folder, "--out", tmp_path, *small]
+    arguments += ["--recipes", "gptq-int2-g64", "rtn-int2-g64"]
+    code, _, err = run(capfd, *arguments, "--calibration.length", "32")
+    assert code == 0, err
+    rows = results.read(tmp_path / "compare.jsonl")
+    # 700 tokens, of which 512 are evaluated: five windows of 32 are left.
+    used = rows[1].context["calibration"]
+    assert (used["name"], used["rows"]) == ("pydoc", 128)
+    arguments += ["--calibration.text", text]
+    code, _, err = run(capfd, *arguments, "--calibration.length", "32")
+    used = results.read(tmp_path / "compare.jsonl")[1].context["calibration"]
+    assert (used["name"], used["rows"], used["length"]) == (text.name, 5, 32)
+    arguments[arguments.index("--tokens") + 1] = "690"
+    assert "only 10 tokens of it are left" in fails(capfd, *arguments)
+
+
 def test_bits_per_weight_count_scales_and_zeros(compared):
     """RTN int2 g64: 2 bits, a float32 scale and a 2-bit zero for each 64 weights."""
     int2 = results.read(compared[1] / "compare.jsonl")[2]
     assert int2.metrics["bits_per_weight"] == pytest.approx(2 + (32 + 2) / 64)
+
+
+def test_quantize_calibrates_and_reports(folder, text, tmp_path, capfd):
+    made, report = tmp_path / "made", tmp_path / "report.jsonl"
+    code, out, err = run(
+        capfd, "quantize", folder, made, "--recipe", "gptq", "--scheme", "W4A16",
+        "--calibration.text", text, "--calibration.length", "32",
+        "--calibration.samples", "8", "--calibration.report", report,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "GPTQ" in out and "bits per quantized weight" in out
+    sites = [json.loads(line) for line in report.read_text().splitlines()]
+    assert any(site.get("samples") == 8 * 32 for site in sites)
+    assert imread(report.with_suffix(".png")).shape[0] > 300
+    code, _, err = run(capfd, "eval", made, "--text", text, "--window", "32")
+    assert code == 0, err
 
 
 def test_quantized_folders_evaluate_as_the_model_in_memory(

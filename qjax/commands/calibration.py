@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from qjax.commands.inputs import Model, TextOptions
-from qjax.data import encode_text, windows
+from qjax.data import Text, encode_text, windows
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class MeshOptions:
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
+class CalibrationText:
     """The text to calibrate with. Evaluate on another one."""
 
     text: Path | None = None
@@ -73,16 +73,25 @@ class CalibrationOptions:
     """Windows in a batch."""
     seed: int = 0
     """Of the choice of windows."""
-    offload: bool = False
-    """Keep activations on the host."""
-    resume: Path | None = None
-    """A folder for finished blocks, so that a killed run continues."""
-    report: Path | None = None
-    """Write what happened at every site: JSON lines here, a picture beside it."""
-    mesh: MeshOptions = field(default_factory=MeshOptions)
 
-    def batches(self, model: Model) -> list[tuple[np.ndarray, ...]]:
-        """The batches. Raises ValueError if there is no text to cut them from."""
+    def load(self) -> Text:
+        """The text. Raises ValueError if two are asked for, OSError if none is had."""
+        dataset: Any = self.dataset
+        return TextOptions(text=self.text, dataset=dataset).load()
+
+    def batches(
+        self, model: Model, evaluated: tuple[Text, int] | None = None
+    ) -> list[tuple[np.ndarray, ...]]:
+        """The batches.
+
+        Args:
+          model: whose tokenizer and context count.
+          evaluated: a text and how many of its tokens, from its start, are evaluated;
+            none of them is calibrated with.
+
+        Raises:
+          ValueError: there is no text to cut them from.
+        """
         for name in ("samples", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -90,11 +99,33 @@ class CalibrationOptions:
                 )
         if model.tokenizer is None:
             raise ValueError(f"{model.name} has no tokenizer to read the text with")
-        dataset: Any = self.dataset
-        text = TextOptions(text=self.text, dataset=dataset).load()
-        context = getattr(model.config, "context", None) or self.length
-        rows = windows(encode_text(model.tokenizer, text), min(self.length, context))
-        return drawn(rows.tokens, self.samples, self.batch, self.seed)
+        text = self.load()
+        tokens = encode_text(model.tokenizer, text)
+        length = min(self.length, getattr(model.config, "context", None) or self.length)
+        if evaluated is not None and evaluated[0].sha256 == text.sha256:
+            tokens = tokens[evaluated[1] :]
+            if tokens.size < length:
+                raise ValueError(
+                    f"{text.name} is evaluated, and only {tokens.size} tokens of it are"
+                    " left to calibrate with: give another --calibration.text or "
+                    "--calibration.dataset"
+                )
+        return drawn(
+            windows(tokens, length).tokens, self.samples, self.batch, self.seed
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationOptions(CalibrationText):
+    """The text to calibrate with, and how. Evaluate on another one."""
+
+    offload: bool = False
+    """Keep activations on the host."""
+    resume: Path | None = None
+    """A folder for finished blocks, so that a killed run continues."""
+    report: Path | None = None
+    """Write what happened at every site: JSON lines here, a picture beside it."""
+    mesh: MeshOptions = field(default_factory=MeshOptions)
 
 
 def drawn(

@@ -44,7 +44,7 @@ class Choose:
     """What matters most (quality)."""
     run_them: Annotated[bool, tyro.conf.arg(name="run")] = False
     """Compare just these recipes on the model."""
-    text: TextOptions = field(default_factory=TextOptions)
+    text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
     out: Path = Path("results/choose")
     """Folder for the results of --run."""
 

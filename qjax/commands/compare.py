@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,7 +20,8 @@ from rich.progress import (
 )
 
 from qjax import results
-from qjax.catalogue import COMPARED, Named, named
+from qjax.catalogue import COMPARED, Named, expanded
+from qjax.commands.calibration import CalibrationText
 from qjax.commands.inputs import Dtype, Model, TextOptions, open_model
 from qjax.commands.memory import PeakMemory
 from qjax.commands.output import wide_console
@@ -30,7 +32,10 @@ from qjax.io.checkpoint import save
 from qjax.io.describe import describe
 from qjax.plots import compare_plot
 from qjax.quantize import quantize
+from qjax.recipes import needs_data, steps_of
 from qjax.results import Record
+
+Batches = list[tuple[np.ndarray, ...]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,10 @@ class Compare:
     model: str = "bundled"
     """A local Hugging Face folder, a hub id, or "bundled" (a 7M-parameter Llama)."""
     recipes: tuple[str, ...] = COMPARED
-    """Short names, such as hqq-int3-g128 or nf4, or schemes, such as W4A16."""
-    text: TextOptions = field(default_factory=TextOptions)
+    """Short names, such as hqq-int3-g128 or nf4, schemes, such as W4A16, "data-free" or
+    "calibrated": all of a kind."""
+    text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
+    calibration: CalibrationText = field(default_factory=CalibrationText)
     dtype: Dtype = "float32"
     """Type to compute in; quantization starts from the checkpoint's own."""
     out: Path = Path("results/compare")
@@ -53,14 +60,20 @@ class Compare:
 
     def run(self) -> None:
         """Evaluate full precision and every recipe; print, write, draw."""
-        chosen = [named(name) for name in self.recipes]
+        chosen = expanded(self.recipes)
         text, model = self.text.load(), open_model(self.model, in_float=True)
         tokens, protocol = self.text.encode(text, model)
         context = self._context(model, text, tokens)
+        batches: Batches = []
+        if any(calibrated(one.recipe) for one in chosen):
+            batches = self.calibration.batches(model, (text, tokens.size))
+            context |= {"calibration": self._calibration(batches)}
         lines = self.out / "compare.jsonl"
         lines.unlink(missing_ok=True)
         records = []
-        for record in _rows(model, chosen, tokens, protocol, self.dtype, context):
+        for record in _rows(
+            model, chosen, batches, tokens, protocol, self.dtype, context
+        ):
             results.append(lines, record)
             records.append(record)
         title = f"{model.name}: recipes compared"
@@ -78,10 +91,22 @@ class Compare:
             **results.environment(),
         }
 
+    def _calibration(self, batches: Batches) -> dict[str, Any]:
+        text, rows = self.calibration.load(), sum(len(rows) for rows, *_ in batches)
+        length = batches[0][0].shape[1]
+        return {
+            "name": text.name,
+            "sha256": text.sha256,
+            "rows": rows,
+            "length": length,
+            "seed": self.calibration.seed,
+        }
+
 
 def _rows(
     model: Model,
     chosen: list[Named],
+    calibration: Batches,
     tokens: np.ndarray,
     protocol: Protocol,
     dtype: Dtype,
@@ -98,7 +123,7 @@ def _rows(
         for one in (None, *chosen):
             label = "full precision" if one is None else one.label
             bar.reset(part, description=f"{label}: quantizing", total=batches)
-            params, made = _quantized(model, one)
+            params, made = _quantized(model, one, calibration)
             bar.update(part, description=f"{label}: evaluating")
             found = yardstick.measure(
                 model.run(params, dtype),
@@ -111,7 +136,14 @@ def _rows(
             yield record
 
 
-def _quantized(model: Model, one: Named | None) -> tuple[Any, dict[str, Any]]:
+def calibrated(recipe: Any) -> bool:
+    """Whether a recipe needs calibration data."""
+    return any(needs_data(step) for step in steps_of(recipe))
+
+
+def _quantized(
+    model: Model, one: Named | None, calibration: Batches
+) -> tuple[Any, dict[str, Any]]:
     """The parameters of a row, with what making and keeping them took."""
     if one is None:
         sizes = {"bits_per_weight": _float_bits(model.params)}
@@ -120,7 +152,12 @@ def _quantized(model: Model, one: Named | None) -> tuple[Any, dict[str, Any]]:
     with PeakMemory() as peak:
         params = jax.block_until_ready(
             quantize(
-                model.f, model.params, one.recipe, example=model.example, progress=False
+                model.f,
+                model.params,
+                one.recipe,
+                calibration if calibrated(one.recipe) else None,
+                example=None if calibrated(one.recipe) else model.example,
+                progress=False,
             )
         )
     made = {

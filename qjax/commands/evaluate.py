@@ -29,7 +29,7 @@ class Evaluate:
     """A Hugging Face folder, one `qjax quantize` wrote, a hub id, or "bundled"."""
     reference: str | None = None
     """A model to compare with, usually the same in full precision."""
-    text: TextOptions = field(default_factory=TextOptions)
+    text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
     dtype: Dtype = "float32"
     """Type to compute in."""
     out: Path | None = None
