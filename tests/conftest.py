@@ -1,5 +1,6 @@
-"""Eight host devices, no network, repeatable hypothesis, strict promotion."""
+"""Eight host devices, no network, repeatable examples, and a tiny Llama."""
 
+import json
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -9,9 +10,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+# Most of the time goes into compiling: tests, and the processes that they start, do it
+# quickly. Files marked `optimized` compile as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import hypothesis
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 # A first call compiles, so a deadline would measure XLA; random examples would
 # make a failure on one machine impossible to see on another.
@@ -21,8 +28,92 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("qjax")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiler(request):
+    """XLA as users run it where a file asks for it, else without optimizations."""
+    wanted = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not wanted)
+
+
 @pytest.fixture
 def strict():
     """Strict dtype promotion: an int8 silently multiplied by float32 fails."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+# Every projection is 64 x 64: one shape, one compilation per recipe.
+VOCABULARY, FEATURES, LAYERS, CONTEXT = 128, 64, 2, 64
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": FEATURES,
+    "intermediate_size": FEATURES,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "dtype": "float32",
+}
+
+
+def weights():
+    draw = np.random.default_rng(0)
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, FEATURES)}
+    for layer in range(LAYERS):
+        block = f"model.layers.{layer}."
+        for name in ("q", "k", "v", "o"):
+            shapes[f"{block}self_attn.{name}_proj.weight"] = (FEATURES, FEATURES)
+        for name in ("gate", "up", "down"):
+            shapes[f"{block}mlp.{name}_proj.weight"] = (FEATURES, FEATURES)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{block}{norm}.weight"] = (FEATURES,)
+    shapes["model.norm.weight"] = (FEATURES,)
+    return {
+        name: np.ones(shape, np.float32)
+        if len(shape) == 1
+        else draw.normal(0, 0.2, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def tokenizer():
+    """One token per ASCII character."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    table = {chr(code): code for code in range(VOCABULARY)}
+    made = Tokenizer(models.WordLevel(table, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face folder of a randomly initialised Llama."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(weights(), path / "model.safetensors", metadata={"format": "pt"})
+    tokenizer().save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"})
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    draw = np.random.default_rng(1)
+    path.write_text("".join(chr(97 + code) for code in draw.integers(0, 26, 700)))
+    return path

@@ -2,103 +2,22 @@
 
 import contextlib
 import io
-import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from safetensors.numpy import save_file
 
-import qjax
 from qjax import results
 from qjax.cli import main
 from qjax.commands.inputs import TextOptions
 from qjax.commands.memory import PeakMemory
-from qjax.commands.quantize import Quantize
 from qjax.io.checkpoint import save
 from qjax.io.huggingface import load_model
 
 # With torch at hand transformers imports it, and hqq, for any tokenizer.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
-# Every projection is 64 x 64: one shape, one compilation per recipe.
-VOCABULARY, FEATURES, LAYERS, CONTEXT = 128, 64, 2, 64
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCABULARY,
-    "hidden_size": FEATURES,
-    "intermediate_size": FEATURES,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "hidden_act": "silu",
-    "max_position_embeddings": CONTEXT,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "dtype": "float32",
-}
-
-
-def weights():
-    draw = np.random.default_rng(0)
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, FEATURES)}
-    for layer in range(LAYERS):
-        block = f"model.layers.{layer}."
-        for name in ("q", "k", "v", "o"):
-            shapes[f"{block}self_attn.{name}_proj.weight"] = (FEATURES, FEATURES)
-        for name in ("gate", "up", "down"):
-            shapes[f"{block}mlp.{name}_proj.weight"] = (FEATURES, FEATURES)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{block}{norm}.weight"] = (FEATURES,)
-    shapes["model.norm.weight"] = (FEATURES,)
-    return {
-        name: np.ones(shape, np.float32)
-        if len(shape) == 1
-        else draw.normal(0, 0.2, shape).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-
-
-def tokenizer():
-    """One token per ASCII character."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    table = {chr(code): code for code in range(VOCABULARY)}
-    made = Tokenizer(models.WordLevel(table, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return made
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A Hugging Face folder of a randomly initialised Llama."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    save_file(weights(), path / "model.safetensors", metadata={"format": "pt"})
-    tokenizer().save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"})
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    draw = np.random.default_rng(1)
-    path.write_text("".join(chr(97 + code) for code in draw.integers(0, 26, 700)))
-    return path
 
 
 @pytest.fixture
@@ -158,45 +77,10 @@ def test_compare_writes_a_table_lines_and_a_picture(compared):
     assert imread(out / "compare.png").shape[0] > 500
 
 
-def test_compare_calibrates_with_tokens_that_it_does_not_evaluate(
-    folder, text, small, tmp_path, capfd
-):
-    arguments = ["compare", "--model", folder, "--out", tmp_path, *small]
-    arguments += ["--recipes", "gptq-int2-g64", "rtn-int2-g64"]
-    code, _, err = run(capfd, *arguments, "--calibration.length", "32")
-    assert code == 0, err
-    rows = results.read(tmp_path / "compare.jsonl")
-    # 700 tokens, of which 512 are evaluated: five windows of 32 are left.
-    used = rows[1].context["calibration"]
-    assert (used["name"], used["rows"]) == ("pydoc", 128)
-    arguments += ["--calibration.text", text]
-    code, _, err = run(capfd, *arguments, "--calibration.length", "32")
-    used = results.read(tmp_path / "compare.jsonl")[1].context["calibration"]
-    assert (used["name"], used["rows"], used["length"]) == (text.name, 5, 32)
-    arguments[arguments.index("--tokens") + 1] = "690"
-    assert "only 10 tokens of it are left" in fails(capfd, *arguments)
-
-
 def test_bits_per_weight_count_scales_and_zeros(compared):
     """RTN int2 g64: 2 bits, a float32 scale and a 2-bit zero for each 64 weights."""
     int2 = results.read(compared[1] / "compare.jsonl")[2]
     assert int2.metrics["bits_per_weight"] == pytest.approx(2 + (32 + 2) / 64)
-
-
-def test_quantize_calibrates_and_reports(folder, text, tmp_path, capfd):
-    made, report = tmp_path / "made", tmp_path / "report.jsonl"
-    code, out, err = run(
-        capfd, "quantize", folder, made, "--recipe", "gptq", "--scheme", "W4A16",
-        "--calibration.text", text, "--calibration.length", "32",
-        "--calibration.samples", "8", "--calibration.report", report,
-    )  # fmt: skip
-    assert code == 0, err
-    assert "GPTQ" in out and "bits per quantized weight" in out
-    sites = [json.loads(line) for line in report.read_text().splitlines()]
-    assert any(site.get("samples") == 8 * 32 for site in sites)
-    assert imread(report.with_suffix(".png")).shape[0] > 300
-    code, _, err = run(capfd, "eval", made, "--text", text, "--window", "32")
-    assert code == 0, err
 
 
 def test_quantized_folders_evaluate_as_the_model_in_memory(
@@ -299,11 +183,6 @@ def test_choose_answers_by_flags(folder, capfd):
     code, out, _ = run(capfd, "choose", "--parameters", "8e9", "--memory-gb", "4.5")
     assert code == 0
     assert "hqq-int3-g64" in out and "W4A16" not in out
-
-
-def test_a_transform_with_a_scheme_is_followed_by_rounding():
-    steps = Quantize("bundled", Path("out"), "smoothquant", "W8A8").make_recipe()
-    assert steps == (qjax.SmoothQuant(), qjax.RTN("W8A8"))
 
 
 def test_choose_names_methods_that_are_not_here(capfd):

@@ -78,8 +78,7 @@ def test_our_form_round_trips(steps):
 
 def test_every_method_can_be_written():
     for method in METHODS:
-        inner = {QEP: RTN(), RPTQ: RTN(weights=Int(4))}.get(method)
-        step = method() if inner is None else method(inner)
+        step = method(RTN(weights=Int(4))) if method in (QEP, RPTQ) else method()
         assert read_recipe(write_recipe(step)) == (step,)
 
 

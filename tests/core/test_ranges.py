@@ -36,6 +36,8 @@ from qjax.core.ranges import (
 from qjax.ops import matmul
 from qjax.ops.activations import code_input
 
+pytestmark = pytest.mark.optimized
+
 K, M = 8, 200
 X = np.random.default_rng(0).standard_t(4, (3, M, K)).astype(np.float32)
 X[..., 3] = np.abs(X[..., 3]) + 0.5  # a feature that is never negative

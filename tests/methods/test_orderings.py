@@ -17,7 +17,10 @@ from qjax.data import encode_text, load_text
 from qjax.io.huggingface import load_weights, read_tokenizer
 
 FOLDER = Path(models.__file__).parent / "tiny_llama"
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.optimized,
+]
 ROWS, LENGTH = 24, 256
 W3_ASYM = qjax.Int(3, qjax.group(128), symmetric=False, zero="int")
 
@@ -61,12 +64,12 @@ def variant():
 
 
 @cache
-def divergence(recipe, outliers: bool = False) -> float:
+def divergence(recipe, outliers: bool = False, count: int = ROWS) -> float:
     """Mean KL divergence to full precision, nats for each token."""
     f, plain = model()
     params = variant() if outliers else plain
     calibration, evaluation = text()
-    batches = [(calibration[i : i + 8],) for i in range(0, ROWS, 8)]
+    batches = [(calibration[i : i + 8],) for i in range(0, count, 8)]
     quantized = qjax.quantize(f, params, recipe, batches, progress=False)
 
     @jax.jit
@@ -107,7 +110,9 @@ def test_importance_is_below_rounding():
 
 def test_awq_is_below_rounding_with_outliers():
     rounding = divergence(qjax.RTN("W4A16_ASYM"), outliers=True)
-    assert divergence(qjax.AWQ(scheme="W4A16_ASYM"), outliers=True) < 0.5 * rounding
+    # Its search runs each module 20 times: a third of the rows is enough.
+    awq = divergence(qjax.AWQ(scheme="W4A16_ASYM"), outliers=True, count=8)
+    assert awq < 0.5 * rounding
 
 
 @pytest.mark.parametrize("recipe", [(qjax.SmoothQuant(), qjax.RTN("W8A8"))])

@@ -18,6 +18,8 @@ from qjax.methods.rptq import RPTQ, cluster_grid, clustered, reordered
 from qjax.quantize import quantize_with_report
 from qjax.trace.apply import apply
 
+pytestmark = pytest.mark.optimized
+
 sklearn_cluster = pytest.importorskip("sklearn.cluster")
 
 K, N, M = 96, 32, 256

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+pytestmark = pytest.mark.optimized
+
 # XLA folds what it knows before the program runs, and fuses inside a program only. The
 # pass makes known values anew in every program, and cuts at the sites, so that the
 # numbers are those of the whole program. There are two exceptions:

@@ -3,7 +3,8 @@
     python scripts/random_llama.py --size 3b --out runs/ptq/random_3b
     python experiments/papers/ptq/memory.py --model runs/ptq/random_3b
 
-Random tokens calibrate a random model; each run adds a row to `results/memory.jsonl`.
+Random tokens calibrate a random model; each run adds a row to
+`results/memory.jsonl` and draws `results/memory.png` again.
 """
 
 import json
@@ -17,9 +18,11 @@ import jax
 import numpy as np
 import psutil
 import tyro
+from matplotlib.figure import Figure
 
 import qjax
 from qjax.io.huggingface import load_weights
+from qjax.results import Record, append, environment, read
 
 HERE = Path(__file__).parent
 
@@ -73,27 +76,40 @@ def main(options: Options) -> None:
     stop.set()
     thread.join()
     leaves = jax.tree.leaves(qparams, is_leaf=qjax.is_quantized)
-    coded = [x for x in leaves if qjax.is_quantized(x)]
-    row = {
-        "model": options.model.name,
-        "parameters": sum(int(np.prod(x.shape)) for x in leaves),
-        "scheme": options.scheme,
-        "tokens": options.rows * options.length,
+    kept = [leaf for leaf in leaves if not qjax.is_quantized(leaf)]
+    total = sum(int(np.prod(x.shape)) for x in leaves)
+    metrics = {
+        "parameters_billion": total / 1e9,
         "seconds": seconds,
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_anonymous": max(size for _, size in samples),
-        "result_bytes": sum(x.nbytes for x in leaves),
-        "float_kept_bytes": sum(x.nbytes for x in leaves if not qjax.is_quantized(x)),
-        "quantized_leaves": len(coded),
-        "mean_error": float(np.mean([s.error for s in report.sites])),
-        "mean_error_rtn": float(np.mean([s.error_before for s in report.sites])),
-        "cores": psutil.cpu_count(),
-        "jax": jax.__version__,
+        "peak_gb": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9,
+        "peak_anonymous_gb": max(size for _, size in samples) / 1e9,
+        "bfloat16_gb": 2 * total / 1e9,
+        "result_gb": sum(x.nbytes for x in leaves) / 1e9,
+        "float_kept_gb": sum(x.nbytes for x in kept) / 1e9,
+        "error": float(np.mean([s.error for s in report.sites])),
+        "error_rtn": float(np.mean([s.error_before for s in report.sites])),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a", encoding="utf-8") as file:
-        file.write(f"{json.dumps(row)}\n")
-    print(json.dumps(row, indent=1))
+    config = {"scheme": options.scheme, "rows": options.rows, "length": options.length}
+    append(options.out, Record(options.model.name, config, metrics, environment()))
+    draw(options.out)
+    print(json.dumps(metrics, indent=1))
+
+
+def draw(path: Path) -> None:
+    """Peak memory against the size of the model, in a picture beside the rows."""
+    records = sorted(read(path), key=lambda row: row.metrics["parameters_billion"])
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    sizes = [row.metrics["parameters_billion"] for row in records]
+    for name, label, style in (
+        ("peak_gb", "peak resident memory", "o-"),
+        ("bfloat16_gb", "the model in bfloat16", "--"),
+        ("result_gb", "the result", ":"),
+    ):
+        axes.plot(sizes, [row.metrics[name] for row in records], style, label=label)
+    axes.set(xlabel="parameters, 1e9", ylabel="GB", title="GPTQ W4A16 from a folder")
+    axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

@@ -122,21 +122,41 @@ def quantize(
 
 
 @torch.no_grad()
-def perplexity(model: Any, rows: np.ndarray, batch: int = 8) -> float:
-    """Protocol "nonoverlap": every token of a window but its first is scored."""
-    total = 0.0
+def quality(model: Any, exact: Any, rows: np.ndarray, batch: int = 8) -> list[float]:
+    """Perplexity, and KL divergence from the exact model, nats for each token.
+
+    Protocol "nonoverlap": every token of a window but its first is scored.
+    """
+    totals = [0.0, 0.0]
     for start in range(0, len(rows), batch):
         ids = torch.from_numpy(rows[start : start + batch]).long()
-        logits = model(ids, use_cache=False).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        low, full = (
+            torch.log_softmax(m(ids, use_cache=False).logits[:, :-1].float(), -1)
+            for m in (model, exact)
         )
-        total += nll.double().sum().item()
-    return math.exp(total / (len(rows) * (rows.shape[1] - 1)))
+        nll = -low.gather(-1, ids[:, 1:, None])
+        totals[0] += nll.double().sum().item()
+        totals[1] += (full.exp() * (full - low)).double().sum().item()
+    tokens = len(rows) * (rows.shape[1] - 1)
+    return [math.exp(totals[0] / tokens), totals[1] / tokens]
 
 
-def perplexities(model: Any, texts: dict[str, Any]) -> dict[str, float]:
-    return {f"perplexity_{s}": perplexity(model, t[0]) for s, t in texts.items()}
+def qualities(model: Any, exact: Any, texts: dict[str, Any]) -> dict[str, list[float]]:
+    """Quality on each text."""
+    return {name: quality(model, exact, text[0]) for name, text in texts.items()}
+
+
+def averaged(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """Mean, and spread where there are several, over runs that differ in batches."""
+    found: dict[str, Any] = {"runs": len(runs)}
+    for name in runs[0]:
+        values = np.array([run[name] for run in runs])
+        for key, column in zip(("perplexity", "kl"), values.T, strict=True):
+            found[f"{key}_{name}"] = float(column.mean())
+            if len(runs) > 1:
+                found[f"{key}_{name}_std"] = float(column.std(ddof=1))
+            found[f"{key}_{name}_runs"] = column.tolist()
+    return found
 
 
 @contextmanager
@@ -208,28 +228,34 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     model = load_model(given.model)
     metrics |= {"load_seconds": time.perf_counter() - began, "rss_model": resident()}
     texts = {stem: load_tokens(given.tokens / f"{stem}.npz") for stem in given.evaluate}
+    exact = load_model(given.model)
     if given.method == "float":
-        return metrics | perplexities(model, texts)
+        return metrics | averaged([qualities(model, exact, texts)])
     recipe, mappings, layers = RECIPES[given.method], [], []
+    first, *others = given.batches
     with search_errors(mappings):
-        metrics["cold_seconds"] = quantize(model, recipe(), rows, given.batch)
+        metrics["cold_seconds"] = quantize(model, recipe(), rows, first)
     metrics["peak_rss"] = highest()
-    metrics |= perplexities(model, texts)
+    runs = [qualities(model, exact, texts)]
     del model
     if not given.once:
         again = load_model(given.model)
-        metrics["warm_seconds"] = quantize(again, recipe(), rows, given.batch)
+        metrics["warm_seconds"] = quantize(again, recipe(), rows, first)
         del again
+    for batch in others if rows is not None else ():
+        again = load_model(given.model)
+        quantize(again, recipe(), rows, batch)
+        runs.append(qualities(again, exact, texts))
     if given.layers and "gptq" in given.method:
         with layer_errors(layers):
-            quantize(load_model(given.model), recipe(), rows, given.batch)
-    return metrics | {"mappings": mappings, "layers": layers}
+            quantize(load_model(given.model), recipe(), rows, first)
+    return metrics | averaged(runs) | {"mappings": mappings, "layers": layers}
 
 
 def record(given: argparse.Namespace, metrics: dict[str, Any]) -> dict[str, Any]:
     """The line that is written."""
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}
-    config = {key: options[key] for key in ("method", "batch", "threads")}
+    config = {key: options[key] for key in ("method", "batches", "threads")}
     texts = {
         stem: load_tokens(given.tokens / f"{stem}.npz")
         for stem in ("calibration", *given.evaluate)
@@ -247,7 +273,6 @@ def record(given: argparse.Namespace, metrics: dict[str, Any]) -> dict[str, Any]
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     label = f"llm-compressor {given.method} {given.model.name}"
-    label += f" batch {given.batch}" if given.batch > 1 else ""
     return {"label": label, "config": config, "metrics": metrics, "context": context,
             "series": None}  # fmt: skip
 
@@ -260,7 +285,8 @@ def inside(path: Path) -> str:
 
 def command(given: argparse.Namespace, model: str) -> list[str]:
     """The options that run this method on this model again."""
-    made = ["--method", given.method, "--model", model, "--batch", str(given.batch)]
+    made = ["--method", given.method, "--model", model]
+    made += ["--batches", *map(str, given.batches)]
     made += ["--threads", str(given.threads), "--evaluate", *given.evaluate]
     made += ["--once"] if given.once else []
     return made + (["--layers"] if given.layers else [])
@@ -309,7 +335,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=bundled)
     parser.add_argument("--tokens", type=Path, default=runs, help="folder of tokens.py")
     parser.add_argument("--evaluate", nargs="*", default=["pydoc", "wikitext2"])
-    parser.add_argument("--batch", type=int, default=1, help="rows, as its default")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4],
+                        help="rows of a batch; the first is timed")  # fmt: skip
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--once", action="store_true", help="no warm call")
     parser.add_argument("--layers", action="store_true", help="errors of GPTQ's layers")

@@ -4,8 +4,10 @@
     python experiments/papers/ptq/run.py --model runs/ptq/tiny_llama_outliers \
         --method gptq-w4a16
 
-Every method runs in a process of its own: cold (compilation included), then warm. Rows
-go to `results/qjax.jsonl` in the layout of `peer.py`'s.
+Every method runs in a process of its own: cold (compilation included), then warm, then
+with other batches of the same rows. How rows are batched changes sums by their last
+bit, which is enough to change codes, and perplexity by as much as 1 %: hence the mean
+over several. Rows go to `results/qjax.jsonl` in the layout of `peer.py`'s.
 """
 
 import json
@@ -28,6 +30,7 @@ import tyro
 
 import qjax
 from qjax.io.huggingface import load_weights
+from qjax.recipes import needs_data, steps_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -65,67 +68,95 @@ class Options:
     """One of the methods above."""
     all: bool = False
     """Every method on the tiny Llama and its outlier variant, one after the other."""
+    models: tuple[Path, ...] = ()
+    """With --all: only these."""
     methods: tuple[str, ...] = ()
     """With --all: only these."""
     tokens: Path = ROOT / "runs" / "ptq"
     """Where `tokens.py` put the tokens."""
     evaluate: tuple[str, ...] = ("pydoc", "wikitext2")
     """Texts to evaluate on; those that are missing are left out."""
-    batch: int = 8
-    """Rows of a calibration batch."""
+    batches: tuple[int, ...] = (8, 4, 16)
+    """Rows of a calibration batch; the first is timed."""
     once: bool = False
     """Leave out the warm run."""
     out: Path = HERE / "results" / "qjax.jsonl"
     """Where the rows go."""
 
 
-def perplexity(f: Any, params: Any, rows: np.ndarray, batch: int = 8) -> float:
-    """Every token of a window but its first is scored."""
+def quality(
+    f: Any, q: Any, exact: Any, rows: np.ndarray, batch: int = 8
+) -> list[float]:
+    """Perplexity, and KL divergence from the exact parameters, nats for each token."""
 
     @jax.jit
-    def loss(params: Any, rows: Any) -> Any:
-        logits = qjax.apply(f)(params, rows)[:, :-1].astype(jnp.float32)
-        scores = jax.nn.log_softmax(logits)
-        return -jnp.take_along_axis(scores, rows[:, 1:, None], -1).sum()
+    def sums(q: Any, exact: Any, rows: Any) -> Any:
+        low = jax.nn.log_softmax(qjax.apply(f)(q, rows)[:, :-1].astype(jnp.float32))
+        full = jax.nn.log_softmax(f(exact, rows)[:, :-1].astype(jnp.float32))
+        nll = -jnp.take_along_axis(low, rows[:, 1:, None], -1)
+        return jnp.stack([nll.sum(), (jnp.exp(full) * (full - low)).sum()])
 
-    total = sum(
-        float(loss(params, rows[i : i + batch])) for i in range(0, len(rows), batch)
-    )
-    return math.exp(total / (len(rows) * (rows.shape[1] - 1)))
+    parts = [sums(q, exact, rows[i : i + batch]) for i in range(0, len(rows), batch)]
+    total = np.asarray(parts, np.float64).sum(0) / (len(rows) * (rows.shape[1] - 1))
+    return [math.exp(total[0]), float(total[1])]
+
+
+def averaged(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """Mean, and spread where there are several, over runs that differ in batches."""
+    found: dict[str, Any] = {"runs": len(runs)}
+    for name in runs[0]:
+        values = np.array([run[name] for run in runs])
+        for key, column in zip(("perplexity", "kl"), values.T, strict=True):
+            found[f"{key}_{name}"] = float(column.mean())
+            if len(runs) > 1:
+                found[f"{key}_{name}_std"] = float(column.std(ddof=1))
+            found[f"{key}_{name}_runs"] = column.tolist()
+    return found
+
+
+def cut(rows: np.ndarray, batch: int) -> list[tuple[np.ndarray]]:
+    """Rows in batches."""
+    return [(rows[i : i + batch],) for i in range(0, len(rows), batch)]
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Quantize cold and warm, then evaluate."""
+    """Quantize cold and warm, evaluate, and again with other batches."""
     f, params, _ = load_weights(options.model, dtype=jnp.float32)
     held = np.load(options.tokens / "calibration.npz")
-    rows = held["tokens"]
-    batches = [
-        (rows[i : i + options.batch],) for i in range(0, len(rows), options.batch)
-    ]
-    recipe, metrics, layers = METHODS[options.method], {}, []
-    transforms: list[Any] = []
-    if recipe is not None:
-        metrics["rss_model"] = psutil.Process().memory_info().rss
-        for run in ("cold",) if options.once else ("cold", "warm"):
-            start = time.perf_counter()
-            quantized, report = qjax.quantize_with_report(
-                f, params, recipe, batches, progress=False
+    rows, recipe = held["tokens"], METHODS[options.method]
+    paths = {name: options.tokens / f"{name}.npz" for name in options.evaluate}
+    texts = {name: np.load(p)["tokens"] for name, p in paths.items() if p.is_file()}
+
+    def qualities(q: Any) -> dict[str, list[float]]:
+        return {name: quality(f, q, params, text) for name, text in texts.items()}
+
+    metrics: dict[str, Any] = {"rss_model": psutil.Process().memory_info().rss}
+    runs, layers, transforms = [], [], []
+    first, *others = options.batches
+    data = recipe is not None and any(needs_data(step) for step in steps_of(recipe))
+    for run in () if recipe is None else ("cold", "warm")[: 2 - options.once]:
+        start = time.perf_counter()
+        q, report = qjax.quantize_with_report(
+            f, params, recipe, cut(rows, first), progress=False
+        )
+        jax.block_until_ready(q)
+        metrics[f"{run}_seconds"] = time.perf_counter() - start
+        if run == "cold":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            metrics["peak_rss"] = 1024 * peak
+            runs.append(qualities(q))
+            layers = [[s.name, s.error_before, s.error] for s in report.sites]
+            transforms = [[t.names[0], t.remark, t.notes] for t in report.transforms]
+    for batch in others if data else ():
+        runs.append(
+            qualities(
+                qjax.quantize(f, params, recipe, cut(rows, batch), progress=False)
             )
-            jax.block_until_ready(quantized)
-            metrics[f"{run}_seconds"] = time.perf_counter() - start
-            if run == "cold":
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                metrics["peak_rss"] = 1024 * peak
-        params = quantized
-        layers = [[s.name, s.error_before, s.error] for s in report.sites]
-        transforms = [[t.names[0], t.remark, t.notes] for t in report.transforms]
-    for name in options.evaluate:
-        if (options.tokens / f"{name}.npz").is_file():
-            text = np.load(options.tokens / f"{name}.npz")["tokens"]
-            metrics[f"perplexity_{name}"] = perplexity(f, params, text)
+        )
+    metrics |= averaged(runs or [qualities(params)])
     return {
         "label": f"qjax {options.method} {options.model.name}",
-        "config": {"method": options.method, "batch": options.batch},
+        "config": {"method": options.method, "batches": options.batches},
         "metrics": metrics,
         "layers": layers,
         "transforms": transforms,
@@ -144,15 +175,16 @@ def main(options: Options) -> None:
     """One method, or every one in a process of its own."""
     if options.all:
         outliers = ROOT / "runs" / "ptq" / "tiny_llama_outliers"
-        for model in (options.model, outliers):
+        for model in options.models or (options.model, outliers):
             for method in options.methods or METHODS:
                 command = [sys.executable, __file__, "--method", method]
                 command += ["--model", str(model), "--out", str(options.out)]
-                command += ["--batch", str(options.batch)]
+                command += ["--batches", *map(str, options.batches)]
                 subprocess.run(command + ["--once"] * options.once, check=True)
         return
     row = measure(options)
-    print(row["label"], {k: round(v, 3) for k, v in row["metrics"].items()})
+    shown = {k: v for k, v in row["metrics"].items() if not k.endswith("_runs")}
+    print(row["label"], {k: round(v, 4) for k, v in shown.items()}, flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if options.out.is_file():

@@ -1,0 +1,63 @@
+"""The command line where calibration data is needed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+import qjax
+from qjax import results
+from qjax.cli import main
+from qjax.commands.quantize import Quantize
+
+# With torch at hand transformers imports it, and hqq, for any tokenizer.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+
+def run(capfd, *arguments):
+    code = main([str(a) for a in arguments])
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_compare_calibrates_with_tokens_that_it_does_not_evaluate(
+    folder, text, tmp_path, capfd
+):
+    arguments = ["compare", "--model", folder, "--out", tmp_path, "--text", text]
+    arguments += ["--window", "32", "--tokens", "512", "--batch", "4"]
+    arguments += ["--recipes", "gptq-int2-g64", "rtn-int2-g64"]
+    code, _, err = run(capfd, *arguments, "--calibration.length", "32")
+    assert code == 0, err
+    rows = results.read(tmp_path / "compare.jsonl")
+    # 700 tokens, of which 512 are evaluated: five windows of 32 are left.
+    used = rows[1].context["calibration"]
+    assert (used["name"], used["rows"]) == ("pydoc", 128)
+    arguments += ["--calibration.text", text]
+    code, _, err = run(capfd, *arguments, "--calibration.length", "32")
+    used = results.read(tmp_path / "compare.jsonl")[1].context["calibration"]
+    assert (used["name"], used["rows"], used["length"]) == (text.name, 5, 32)
+    arguments[arguments.index("--tokens") + 1] = "690"
+    code, _, err = run(capfd, *arguments)
+    assert code == 1 and "only 10 tokens of it are left" in err
+
+
+def test_quantize_calibrates_and_reports(folder, text, tmp_path, capfd):
+    made, report = tmp_path / "made", tmp_path / "report.jsonl"
+    code, out, err = run(
+        capfd, "quantize", folder, made, "--recipe", "gptq", "--scheme", "W4A16",
+        "--calibration.text", text, "--calibration.length", "32",
+        "--calibration.samples", "8", "--calibration.report", report,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "GPTQ" in out and "bits per quantized weight" in out
+    sites = [json.loads(line) for line in report.read_text().splitlines()]
+    assert any(site.get("samples") == 8 * 32 for site in sites)
+    assert imread(report.with_suffix(".png")).shape[0] > 300
+    code, _, err = run(capfd, "eval", made, "--text", text, "--window", "32")
+    assert code == 0, err
+
+
+def test_a_transform_with_a_scheme_is_followed_by_rounding():
+    steps = Quantize("bundled", Path("out"), "smoothquant", "W8A8").make_recipe()
+    assert steps == (qjax.SmoothQuant(), qjax.RTN("W8A8"))
