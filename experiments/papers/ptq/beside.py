@@ -3,16 +3,20 @@
     python experiments/papers/ptq/beside.py
     python scripts/render_tables.py
 
-Reads what `run.py` and `peer.py` wrote. `excess` is qjax's perplexity over the peer's,
-less 1, in percent; `error_ratio` the median over the layers of qjax's error at the
-output of a layer over the peer's, where both were recorded. Exits with 1 if a method of
-`HELD` is more than 0.5 % above the peer on a text.
+Reads what `run.py` and `peer.py` wrote, and what they wrote with other batches into
+`*_more.jsonl`. Perplexity and KL divergence are means over all runs of a method;
+`excess` is qjax's perplexity over the peer's, less 1, in percent, and `excess_error`
+the standard error of it. Seconds and memory are those of the bundled model alone,
+measured on an idle machine. Exits with 1 if a method of `HELD` is more than 0.5 % above
+the peer on a text.
 """
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qjax.results import Record, append
 
@@ -27,33 +31,55 @@ HELD = (
     "smoothquant-gptq-w8a8",
 )
 LIMIT = 0.5
+Key = tuple[str, str]
 
 
-def rows(name: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Rows by model and method."""
-    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+def rows(name: str) -> dict[Key, dict[str, Any]]:
+    """Rows by model and method; none if there is no such file."""
+    path = RESULTS / name
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     found = [json.loads(line) for line in lines]
     return {(row["context"]["model"], row["config"]["method"]): row for row in found}
 
 
-def beside(model: str, method: str, ours: Any, theirs: Any) -> Record:
+def runs(side: str, key: Key, name: str) -> np.ndarray:
+    """A measure of every run of one side."""
+    held = (rows(f"{side}.jsonl"), rows(f"{side}_more.jsonl"))
+    values = [row[key]["metrics"][f"{name}_runs"] for row in held if key in row]
+    return np.concatenate(values)
+
+
+def error(values: np.ndarray) -> float:
+    """Standard error of the mean, in percent of it; 0 for a single run."""
+    if len(values) == 1:
+        return 0.0
+    return 100 * values.std(ddof=1) / len(values) ** 0.5 / values.mean()
+
+
+def beside(key: Key, ours: Any, theirs: Any) -> Record:
     """One row of the table."""
-    mine, other = ours["metrics"], theirs["metrics"]
     metrics: dict[str, Any] = {}
     for text in TEXTS:
-        a, b = mine[f"perplexity_{text}"], other[f"perplexity_{text}"]
-        metrics[f"{text}_qjax"], metrics[f"{text}_peer"] = a, b
-        metrics[f"{text}_excess"] = 100 * (a / b - 1)
-    for name, key in (("cold", "cold_seconds"), ("warm", "warm_seconds")):
-        for side, found in (("qjax", mine), ("peer", other)):
-            if key in found:
-                metrics[f"{name}_{side}"] = found[key]
-    for side, found in (("qjax", mine), ("peer", other)):
-        if "peak_rss" in found:
+        a, b = (runs(side, key, f"perplexity_{text}") for side in ("qjax", "peer"))
+        metrics |= {
+            "runs_qjax": len(a),
+            "runs_peer": len(b),
+            f"{text}_qjax": a.mean(),
+            f"{text}_peer": b.mean(),
+            f"{text}_excess": 100 * (a.mean() / b.mean() - 1),
+            f"{text}_excess_error": (error(a) ** 2 + error(b) ** 2) ** 0.5,
+        }
+        for side in ("qjax", "peer"):
+            metrics[f"{text}_kl_{side}"] = runs(side, key, f"kl_{text}").mean()
+    if key[0] == "tiny_llama":
+        for side, found in (("qjax", ours["metrics"]), ("peer", theirs["metrics"])):
+            metrics[f"cold_{side}"] = found["cold_seconds"]
+            if "warm_seconds" in found:
+                metrics[f"warm_{side}"] = found["warm_seconds"]
             metrics[f"peak_mb_{side}"] = found["peak_rss"] / 1e6
     versions = ours["context"]["versions"] | theirs["context"].get("versions", {})
     context = {"versions": versions, "date": ours["context"]["date"]}
-    return Record(f"{model} {method}", {"method": method}, metrics, context)
+    return Record(" ".join(key), {"method": key[1]}, metrics, context)
 
 
 def main() -> str | None:
@@ -66,7 +92,7 @@ def main() -> str | None:
     for key in theirs:
         if key not in ours:
             continue
-        record = beside(*key, ours[key], theirs[key])
+        record = beside(key, ours[key], theirs[key])
         append(partial, record)
         for text in TEXTS:
             excess = record.metrics[f"{text}_excess"]
