@@ -73,7 +73,13 @@ def _ragged(
         y = _coded_ragged(x, acts, q.parts[0], group_sizes)
         return y.astype(dtype)
     x = x if acts.activation is None else coded_values(x, acts)
-    return dot(x, q.matrix(x.dtype, site))
+
+    # Decoded again in the backward pass, which keeps no float weight.
+    @jax.checkpoint
+    def product(x: Any, q: QTensor) -> Any:
+        return dot(x, q.matrix(x.dtype, site))
+
+    return product(x, q)
 
 
 _ragged.__name__ = "qragged_matmul"

@@ -13,6 +13,9 @@ from qjax.train.quantizers import site_acts, stored_weights
 from qjax.train.state import Plan, QState
 
 
+_stored = jax.jit(stored_weights, static_argnums=0)
+
+
 def finalize(params: Any, qstate: QState) -> Any:
     """The trained parameters as QTensors, for `qjax.apply(f)`.
 
@@ -37,9 +40,7 @@ def finalize(params: Any, qstate: QState) -> Any:
 def _finished(plan: Plan, leaf: Any, qstate: QState) -> QTensor:
     trained = qstate.trained[plan.path]
     matrix = plan.layout.to_matrix(leaf)
-    part = jax.jit(stored_weights, static_argnums=0)(
-        plan.step.weights, matrix, trained["weights"]
-    )
+    part = _stored(plan.step.weights, matrix, trained["weights"])
     if plan.step.activations is None:
         return QTensor.of(part, plan.layout, plan.dtype)
     acts = tuple(

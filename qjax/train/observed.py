@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
-from qjax.core.formats import NVFP4, Float, Format, Int
+from qjax.core.formats import NVFP4, Float, Int
 from qjax.core.granularity import Granularity
 from qjax.core.qtensor import Activation
 from qjax.core.ranges import check_static

@@ -1,6 +1,5 @@
 """`fake_quantize`: a function, unchanged, trained as it will be served."""
 
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
@@ -15,10 +14,10 @@ from qjax.planning import plan
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.program import require_loaded
 from qjax.trace.sites import Sites, sites
-from qjax.train.fake import FakeQuantized
+from qjax.train.fake import FakeQuantized, fake_rule
 from qjax.train.observed import Observed
 from qjax.train.quantizers import Seen
-from qjax.train.running import Observations, run
+from qjax.train.running import Observations, layer_keys, observations, run
 from qjax.train.state import QAT, Plan, QState
 from qjax.train.straight_through import StraightThrough
 
@@ -149,14 +148,15 @@ def _transformed(f: Callable[..., Any]) -> Callable[..., Any]:
     def f_qat(
         params: Any, qstate: QState, *inputs: Any, key: Any = None, **options: Any
     ) -> tuple[Any, QState]:
-        make = partial(_carrier, qstate=qstate, key=key)
-        out, seen = run(f, params, qstate.plans, make, inputs, options)
+        makes = {p.path: partial(_carrier, p, qstate, key) for p in qstate.plans}
+        out, events = run(f, params, makes, fake_rule, inputs, options)
+        seen = observations(qstate.plans, events)
         return out, replace(qstate, observed=_moved(qstate, seen))
 
     return f_qat
 
 
-def _carrier(plan: Plan, leaf: Any, *, qstate: QState, key: Any) -> FakeQuantized:
+def _carrier(plan: Plan, qstate: QState, key: Any, leaf: Any) -> FakeQuantized:
     trained, step = qstate.trained[plan.path], qstate.observed["step"]
     acts = trained["inputs"]
     inputs = plan.step.activations
@@ -165,8 +165,7 @@ def _carrier(plan: Plan, leaf: Any, *, qstate: QState, key: Any) -> FakeQuantize
         acts = tuple({**each, "live": inputs.live(each, step)} for each in ranges)
     keys = None
     if key is not None and plan.step.weights.rounding == "stochastic":
-        own = jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
-        keys = jax.random.split(own, plan.layers) if plan.layers else own
+        keys = layer_keys(key, plan.path, plan.layers)
     return FakeQuantized(
         leaf, trained["weights"], acts, keys, plan.layout, plan.dtype,
         plan.step.weights, inputs,
@@ -195,7 +194,8 @@ def _watch(
 
     @jax.jit
     def see(params: Any, batch: tuple[Any, ...]) -> Observations:
-        return run(f, params, learning, _watched, batch, {})[1]
+        makes = {p.path: partial(_watched, p) for p in learning}
+        return observations(learning, run(f, params, makes, fake_rule, batch, {})[1])
 
     for batch in batches:
         for path, new in see(params, batch).items():

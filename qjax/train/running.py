@@ -1,6 +1,6 @@
 """A traced function with carriers in the place of leaves, and what its sites saw."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.core.carrier import Carrier
 from qjax.core.qtensor import is_quantized
+from qjax.solving import site_key
 from qjax.trace.apply import warn_of
 from qjax.trace.control import interpreter
-from qjax.trace.interpret import Event
-from qjax.trace.program import Program, trace
-from qjax.train.fake import FakeQuantized, fake_rule
+from qjax.trace.interpret import Event, Rule
+from qjax.trace.program import trace
 from qjax.train.quantizers import Seen
 from qjax.train.state import Plan
 
@@ -21,53 +22,69 @@ Observations = dict[str, list[Seen | None]]
 """By path, what was seen at each site."""
 
 
+def layer_keys(key: Any, path: str, layers: tuple[int, ...]) -> Any:
+    """A leaf's own random keys, one for each of its layers."""
+    own = site_key(key, path)
+    return jax.random.split(own, layers) if layers else own
+
+
 def run(
-    f: Any,
+    f: Callable[..., Any],
     params: Any,
-    plans: Sequence[Plan],
-    make: Callable[[Plan, Any], FakeQuantized],
+    makes: Mapping[str, Callable[[Any], Carrier]],
+    rule: Rule,
     inputs: Sequence[Any],
     options: dict[str, Any],
-) -> tuple[Any, Observations]:
-    """`f` with carriers in the place of the planned leaves."""
+) -> tuple[Any, list[tuple[str, Event]]]:
+    """`f` with carriers in the place of leaves, each made from the leaf at its path.
+
+    Returns:
+      What `f` returns, and every use of a leaf with the leaf's path.
+    """
     program = trace(f, params, inputs, options)
-    number = {path: i for i, path in enumerate(program.paths)}
-    leaves = list(program.leaves)
-    for p in plans:
-        leaves[number[p.path]] = make(p, leaves[number[p.path]])
-    with_carriers = replace(program, leaves=tuple(leaves))
-    body = interpreter(fake_rule)
-    operands = with_carriers.operands(
-        track=lambda x: is_quantized(x) or isinstance(x, FakeQuantized)
+    leaves = [
+        makes[path](leaf) if path in makes else leaf
+        for path, leaf in zip(program.paths, program.leaves)
+    ]
+    body = interpreter(rule)
+    operands = replace(program, leaves=tuple(leaves)).operands(
+        track=lambda x: is_quantized(x) or isinstance(x, Carrier)
     )
     outputs = body.run(program.jaxpr, program.consts, operands)
     flat = body.as_floats("return", outputs, "returned by the function")
     warn_of(program, body.events)
-    _check_reached(program, plans, body.events)
-    seen = {p.path: _gathered(p, number[p.path], body.events) for p in plans}
-    return jax.tree.unflatten(program.out_tree, flat), seen
+    events = [(program.paths[e.leaf], e) for e in body.events if e.leaf is not None]
+    return jax.tree.unflatten(program.out_tree, flat), events
 
 
-def _check_reached(
-    program: Program, plans: Sequence[Plan], events: Sequence[Event]
-) -> None:
-    """Every planned activation is one that the interpreter comes to."""
+def observations(
+    plans: Sequence[Plan], events: Sequence[tuple[str, Event]]
+) -> Observations:
+    """What the sites of planned leaves saw.
+
+    Raises:
+      ValueError: the input of a planned leaf could not be coded or observed.
+    """
+    _check_reached(plans, events)
+    return {p.path: _gathered(p, [e for q, e in events if q == p.path]) for p in plans}
+
+
+def _check_reached(plans: Sequence[Plan], events: Sequence[tuple[str, Event]]) -> None:
     coded = {p.path for p in plans if p.step.activations is not None}
-    for event in events:
+    for path, event in events:
         entered = event.kind == "other" and event.primitive == "shard_map"
-        if entered and program.paths[event.leaf] in coded:
+        if entered and path in coded:
             raise ValueError(
-                f"{program.paths[event.leaf]} is read inside shard_map, where its "
-                "input cannot be quantized in training; leave it out with ignore, or "
-                "take activations=None"
+                f"{path} is read inside shard_map, where its input cannot be quantized "
+                "in training; leave it out with ignore, or take activations=None"
             )
 
 
-def _gathered(plan: Plan, leaf: int, events: Sequence[Event]) -> list[Seen | None]:
+def _gathered(plan: Plan, events: Sequence[Event]) -> list[Seen | None]:
     """What was seen at each site of a leaf, in all of its layers."""
     total: list[Seen | None] = [None] * len(plan.kinds)
     for event in events:
-        if event.leaf != leaf or event.seen is None:
+        if event.seen is None:
             continue
         new, old = event.seen, total[event.index]
         if event.picks:

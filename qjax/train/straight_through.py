@@ -14,7 +14,7 @@ from jaxtyping import Array, Float32
 
 from qjax.core.formats import Format
 from qjax.core.qtensor import Activation
-from qjax.core.scales import MINMAX, MSE, AbsMax, Grid, MinMax, Percentile, Search
+from qjax.core.scales import MINMAX, MSE, AbsMax, Grid, MinMax, Percentile
 from qjax.train.quantizers import InputQuantizer, Trained, WeightQuantizer
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax import QAT
-from qjax.core.pytrees import register  # noqa: F401
+from qjax.core.formats import MSE
 
 K, H, N, L, M = 32, 48, 16, 3, 6
 
@@ -61,10 +61,6 @@ def image(p, x):
         x.reshape(M, 4, 4, 2), p["kernel"], (1, 1), "SAME", dimension_numbers=spec
     )
     return y.reshape(M, -1) @ p["head"].T
-
-
-def twice(p, x):
-    return (x @ p["w"]) @ p["w"].T.reshape(K, K)
 
 
 STACK = {"a": normal(1, L, K, H), "b": normal(2, L, H, K)}
@@ -119,8 +115,12 @@ def served(f, params, qstate):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_trained_is_what_is_served(method):
-    """Also after a step of training has moved what is learned."""
-    f, params = CASES["scanned"]
+    """Also after a step of training has moved what is learned.
+
+    With the "ct" rule the lowest value of a token lies on a tie of its codes, so that
+    one rounding of the sums before it decides; behind a ReLU there is no such value.
+    """
+    f, params = CASES["mlp" if method == "rtn" else "scanned"]
     f_qat, jitted, qstate = prepared(f, params, METHODS[method])
 
     @jax.jit
@@ -204,7 +204,8 @@ def test_bf16_parameters_are_taken():
     got = jax.jit(f_qat)(params, qstate, x)[0]
     want = jax.jit(qjax.apply(f))(qjax.finalize(params, qstate), x)
     assert got.dtype == jnp.bfloat16
-    chex.assert_trees_all_close(got, want, rtol=0.05, atol=0.05)
+    error = (got - want).astype(jnp.float32)
+    assert jnp.linalg.norm(error) < 0.02 * jnp.linalg.norm(want.astype(jnp.float32))
 
 
 def ranges_of(qstate, path="up"):
@@ -265,7 +266,7 @@ def test_what_cannot_be_observed_is_refused():
 def test_stochastic_rounding_needs_a_key_and_is_served_nearest():
     f, params = CASES["scanned"]
     method = qjax.StraightThrough(qjax.Int(3, qjax.group(16)), rounding="stochastic")
-    f_qat, jitted, qstate = prepared(f, params, QAT(method))
+    _, jitted, qstate = prepared(f, params, QAT(method))
     one, same, other = (
         jitted(params, qstate, X, key=jax.random.key(i))[0] for i in (0, 0, 1)
     )
@@ -318,7 +319,7 @@ def test_lsq_beats_rounding_to_nearest_at_two_bits():
 
     params, trained = train((teacher, qstate.trained))
     q = qjax.finalize(params, replace(qstate, trained=trained))
-    rtn = qjax.RTN(weights=qjax.Int(2, qjax.channel()), search=qjax.core.formats.MSE())
+    rtn = qjax.RTN(weights=qjax.Int(2, qjax.channel()), search=MSE())
     nearest = qjax.quantize(f, teacher, rtn, example=(X,), progress=False)
     x = jax.random.normal(jax.random.key(1), (256, K))
     error = lambda p: float(jnp.mean((qjax.apply(f)(p, x) - f(teacher, x)) ** 2))
