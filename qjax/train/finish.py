@@ -12,7 +12,6 @@ from qjax.train.observed import Observed
 from qjax.train.quantizers import site_acts, stored_weights
 from qjax.train.state import Plan, QState
 
-
 _stored = jax.jit(stored_weights, static_argnums=0)
 
 

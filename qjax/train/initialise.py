@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from qjax.trace.paths import flatten_with_paths
 from qjax.train.lora import Adapters, Place
 
 
+@runtime_checkable
 class Start(Protocol):
     """What splits a weight into a frozen part and factors: a frozen dataclass.
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qjax
 from qjax.cli import main
@@ -30,6 +29,7 @@ TRAINING = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)

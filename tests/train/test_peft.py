@@ -10,7 +10,6 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.numpy import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import qjax
 from qjax.io.huggingface import load_weights
@@ -22,6 +21,8 @@ PREFIX = "base_model.model.model.layers.{}.self_attn.q_proj."
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -70,6 +71,7 @@ def test_names_and_shapes_are_pefts(model, tmp_path, scan_layers):
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}])
 def test_peft_computes_the_same(model, tmp_path, options):
     from peft import PeftModel
+    from transformers import LlamaForCausalLM
 
     f_lora, adapters, params, config = trained(model, **options)
     folder = qjax.save_peft(tmp_path / "adapter", adapters, "llama", config, str(model))

@@ -114,35 +114,37 @@ def served(f, params, qstate):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_trained_is_what_is_served(method):
+def test_what_is_trained_is_served(method):
     """Also after a step of training has moved what is learned.
 
     With the "ct" rule the lowest value of a token lies on a tie of its codes, so that
     one rounding of the sums before it decides; behind a ReLU there is no such value.
     """
-    f, params = CASES["mlp" if method == "rtn" else "scanned"]
-    f_qat, jitted, qstate = prepared(f, params, METHODS[method])
+    f, params = CASES["scanned" if method in ("lsq", "observed") else "mlp"]
+    f_qat, qstate = qjax.fake_quantize(f, params, METHODS[method], [(X,)])
 
     @jax.jit
-    @jax.grad
-    def grad(both):
-        y = f_qat(both[0], replace(qstate, trained=both[1]), X)[0]
-        return jnp.mean((y - 1) ** 2)
+    def step(params, qstate):
+        def loss(both):
+            y, after = f_qat(both[0], replace(qstate, trained=both[1]), X)
+            return jnp.mean((y - 1) ** 2), (y, after.observed)
 
-    both = params, qstate.trained
-    both = jax.tree.map(lambda x, g: x - 0.01 * g, both, grad(both))
-    params, qstate = both[0], replace(qstate, trained=both[1])
-    got, want = jitted(params, qstate, X)[0], served(f, params, qstate)
+        both = params, qstate.trained
+        (_, (y, observed)), grads = jax.value_and_grad(loss, has_aux=True)(both)
+        params, trained = jax.tree.map(lambda x, g: x - 0.01 * g, both, grads)
+        return y, params, replace(qstate, trained=trained, observed=observed)
+
+    _, params, qstate = step(params, qstate)
+    got, want = step(params, qstate)[0], served(f, params, qstate)
     chex.assert_tree_all_finite(got)
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=2e-5)
     assert jnp.linalg.norm(got - f(params, X)) > 1e-3 * jnp.linalg.norm(got)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c != "scanned"])
-@pytest.mark.parametrize("method", ["lsq", "observed"])
-def test_every_kind_of_site(case, method):
+@pytest.mark.parametrize("case", ["indexed", "experts", "image"])
+def test_every_kind_of_site(case):
     f, params = CASES[case]
-    f_qat, jitted, qstate = prepared(f, params, METHODS[method])
+    f_qat, jitted, qstate = prepared(f, params, METHODS["observed"])
     got, want = jitted(params, qstate, X)[0], served(f, params, qstate)
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=2e-5)
     grads = jax.jit(jax.grad(lambda p: f_qat(p, qstate, X)[0].sum()))(params)
@@ -150,9 +152,9 @@ def test_every_kind_of_site(case, method):
     assert all(jnp.any(g != 0) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("method", ["lsq", "observed"])
-def test_scan_equals_unrolled(method):
-    recipe = METHODS[method]
+def test_scan_equals_unrolled():
+    """LSQ's steps, and the ranges that are observed."""
+    recipe = QAT(qjax.LSQ(4), qjax.Observed(TENSOR8))
     f_scan, _, stacked = prepared(scanned, {"layers": STACK}, recipe, steps=2)
     apart = {"layers": [jax.tree.map(lambda x, i=i: x[i], STACK) for i in range(L)]}
     f_flat, _, flat = prepared(unrolled, apart, recipe, steps=2)
@@ -173,10 +175,9 @@ def test_scan_equals_unrolled(method):
         chex.assert_trees_all_close(one, db["layers"][i], rtol=1e-4, atol=1e-5)
         layer = jax.tree.map(lambda x, i=i: x[i], sa["layers/a"])
         chex.assert_trees_all_close(layer, sb[f"layers/{i}/a"], rtol=1e-4, atol=1e-5)
-    if method == "observed":
-        whole = stacked.observed["ranges"]["layers/b"][0]["high"]
-        parts = [flat.observed["ranges"][f"layers/{i}/b"][0]["high"] for i in range(L)]
-        chex.assert_trees_all_close(whole, jnp.stack(parts), rtol=1e-6)
+    whole = stacked.observed["ranges"]["layers/b"][0]["high"]
+    parts = [flat.observed["ranges"][f"layers/{i}/b"][0]["high"] for i in range(L)]
+    chex.assert_trees_all_close(whole, jnp.stack(parts), rtol=1e-6)
 
 
 def test_no_jit_and_sharding_change_nothing():
@@ -195,17 +196,17 @@ def test_no_jit_and_sharding_change_nothing():
 
 
 def test_bf16_parameters_are_taken():
+    """Weights alone: coded activations amplify the rounding of bfloat16."""
     f, params = CASES["scanned"]
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     x = X.astype(jnp.bfloat16)
-    f_qat, qstate = qjax.fake_quantize(f, params, METHODS["lsq"], [(x,)])
+    f_qat, qstate = qjax.fake_quantize(f, params, QAT(qjax.LSQ(4)), example=(x,))
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(qstate.trained)}
     assert dtypes == {jnp.dtype("float32")}
     got = jax.jit(f_qat)(params, qstate, x)[0]
     want = jax.jit(qjax.apply(f))(qjax.finalize(params, qstate), x)
     assert got.dtype == jnp.bfloat16
-    error = (got - want).astype(jnp.float32)
-    assert jnp.linalg.norm(error) < 0.02 * jnp.linalg.norm(want.astype(jnp.float32))
+    chex.assert_trees_all_close(got, want, rtol=2**-7, atol=2**-7)
 
 
 def ranges_of(qstate, path="up"):
@@ -295,7 +296,7 @@ def test_recipes_name_their_sites():
 
 
 def test_lsq_beats_rounding_to_nearest_at_two_bits():
-    """A student of its own float weights; fresh data for the comparison."""
+    """A student of its own float weights, beside the ranges of least error."""
     f, teacher = CASES["mlp"]
     step = QAT(qjax.LSQ(2, qjax.channel()))
     f_qat, qstate = qjax.fake_quantize(f, teacher, step, example=(X,))
@@ -323,4 +324,4 @@ def test_lsq_beats_rounding_to_nearest_at_two_bits():
     nearest = qjax.quantize(f, teacher, rtn, example=(X,), progress=False)
     x = jax.random.normal(jax.random.key(1), (256, K))
     error = lambda p: float(jnp.mean((qjax.apply(f)(p, x) - f(teacher, x)) ** 2))
-    assert error(q) < 0.25 * error(nearest)
+    assert error(q) < 0.6 * error(nearest)
