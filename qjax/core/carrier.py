@@ -16,12 +16,15 @@ class Carrier(ABC):
     Attributes:
       layout: roles of the leaf's trailing axes where it is contracted.
       dtype: the leaf's dtype.
-      acts: one entry for each site that has a record of its own.
     """
 
     layout: Layout
     dtype: Any
-    acts: tuple[Any, ...]
+
+    @property
+    @abstractmethod
+    def acts(self) -> tuple[Any, ...]:
+        """One entry for each site that has a record of its own."""
 
     @property
     @abstractmethod

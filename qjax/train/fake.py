@@ -29,8 +29,8 @@ class FakeQuantized(Carrier):
     Attributes:
       leaf: the float parameter, own axes.
       trained: what the weights' method learned, `[*layers, *experts, ...]` each.
-      acts: for each site, what the input's method knows: `trained` or observed ranges,
-        and `live`, whether the input is quantized by now (None: it is).
+      records: for each site, what the input's method learned or observed, and `live`,
+        whether the input is quantized by now (absent: it is).
       key: for stochastic rounding, one key per layer; None rounds to nearest.
       weights, inputs: the methods; `inputs` is None where activations stay in float.
       watching: nothing is quantized, inputs are only looked at.
@@ -38,13 +38,18 @@ class FakeQuantized(Carrier):
 
     leaf: Any
     trained: dict[str, Any]
-    acts: tuple[Any, ...]
+    records: tuple[Any, ...]
     key: Any
     layout: Layout
     dtype: Any
     weights: WeightQuantizer
     inputs: InputQuantizer | None
     watching: bool = False
+
+    @property
+    def acts(self) -> tuple[Any, ...]:
+        """A record for each site."""
+        return self.records
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,12 +77,12 @@ class FakeQuantized(Carrier):
 
     def site(self, index: int) -> Any:
         """The record of the leaf's site number `index`."""
-        return self.acts[0 if len(self.acts) == 1 else index]
+        return self.records[0 if len(self.records) == 1 else index]
 
 
 register(
     FakeQuantized,
-    ("leaf", "trained", "acts", "key"),
+    ("leaf", "trained", "records", "key"),
     ("layout", "dtype", "weights", "inputs", "watching"),
 )
 

@@ -205,8 +205,10 @@ def _place(
             f"the layers of {path} have several formats; adapters need one format for "
             "each stacked leaf"
         )
-    main = main_use(uses)
-    layout = leaf.settled().layout if isinstance(leaf, QTensor) else main.layout
+    layout = main_use(uses).layout
+    if isinstance(leaf, QTensor):
+        layout = leaf.settled().layout
+    assert layout is not None  # `uses_by_path` has no others
     if config.dora and any(use.kind == "ragged_dot" for use in uses):
         raise ValueError(
             f"LoRA.dora is True, but {path} holds experts, which have no magnitude; "

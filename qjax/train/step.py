@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from qjax.core.pytrees import register
 
-Loss = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
-"""`loss(trained, carried, batch, key) -> (mean loss, carried)`."""
+Loss = Callable[..., tuple[Any, Any]]
+"""`loss(trained, carried, batch, key, *rest) -> (mean loss, carried)`."""
 
 
 @dataclass(frozen=True, eq=False)
