@@ -33,7 +33,7 @@ class Finetune:
     """Quantize the frozen weights: NF4_DQ is QLoRA's (None: as they are)."""
     rank: int = 16
     """Rank of the adapters."""
-    alpha: float = 16
+    alpha: float = 16.0
     """Their scale is alpha over rank."""
     dropout: float = 0.0
     """Of the adapters' inputs."""

@@ -74,7 +74,7 @@ class TrainingOptions:
         for name in ("length", "batch", "accumulate", "steps", "held_out"):
             if getattr(self, name) < 1:
                 raise ValueError(
-                    f"--training.{name.replace('_', '-')} is {getattr(self, name)}: "
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}: "
                     "give 1 or more"
                 )
 
@@ -93,7 +93,7 @@ class TrainingOptions:
         if len(cut.tokens) <= self.held_out:
             raise ValueError(
                 f"the text has {len(cut.tokens)} windows, of which "
-                f"--training.held-out {self.held_out} leaves none to train on"
+                f"--held-out {self.held_out} leaves none to train on"
             )
         return cut.tokens[: -self.held_out], cut.tokens[-self.held_out :]
 

@@ -108,6 +108,7 @@ def _coded_ragged(x: Any, acts: SiteActs, part: Coded, sizes: Any) -> Any:
 def _coded_ragged_jvp(primals: Any, tangents: Any) -> Any:
     x, acts, part, sizes = primals
 
+    @jax.checkpoint
     def values(x: Any, acts: SiteActs, part: Coded) -> Any:
         y = jax.lax.ragged_dot(coded_values(x, acts), part.decode(x.dtype), sizes)
         return y.astype(jnp.float32)

@@ -15,14 +15,14 @@ from qjax.train.loop import read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 TRAINING = [
-    "--training.length=16",
-    "--training.batch=4",
-    "--training.accumulate=2",
-    "--training.steps=6",
-    "--training.held-out=4",
-    "--training.eval-every=3",
-    "--training.save-every=2",
-    "--training.learning-rate=3e-3",
+    "--length=16",
+    "--batch=4",
+    "--accumulate=2",
+    "--steps=6",
+    "--held-out=4",
+    "--eval-every=3",
+    "--save-every=2",
+    "--learning-rate=3e-3",
 ]
 
 
@@ -67,7 +67,7 @@ def losses(folder):
 
 
 def test_qat_trains_resumes_and_saves(model, text, tmp_path, capsys):
-    options = ["--method=lsq", "--bits=2", f"--training.text={text}", *TRAINING]
+    options = ["--method=lsq", "--bits=2", f"--text={text}", *TRAINING]
     code, printed = run(capsys, "qat", model, tmp_path / "a", *options)
     assert code == 0, printed.err
     folder = tmp_path / "a.run"
@@ -89,9 +89,7 @@ def test_qat_trains_resumes_and_saves(model, text, tmp_path, capsys):
 def test_finetune_writes_a_peft_folder(model, text, tmp_path, capsys):
     options = ["--scheme=NF4_DQ", "--rank=4", "--dropout=0.1", *TRAINING]
     out = tmp_path / "adapter"
-    code, printed = run(
-        capsys, "finetune", model, out, f"--training.text={text}", *options
-    )
+    code, printed = run(capsys, "finetune", model, out, f"--text={text}", *options)
     assert code == 0, printed.err
     assert "trained parameters" in printed.out
     body = json.loads((out / "adapter_config.json").read_text())
@@ -106,8 +104,8 @@ def test_errors_are_sentences(model, text, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     code, printed = run(capsys, "finetune", model, tmp_path / "there")
     assert code == 1 and "exists; give the name of a new folder" in printed.err
-    options = [f"--training.text={text}", "--training.steps=0"]
+    options = [f"--text={text}", "--steps=0"]
     code, printed = run(capsys, "qat", model, tmp_path / "x", *options)
-    assert code == 1 and "--training.steps is 0: give 1 or more" in printed.err
+    assert code == 1 and "--steps is 0: give 1 or more" in printed.err
     code, printed = run(capsys, "qat", model, tmp_path / "x", "--bits=1")
     assert code == 1 and "LSQ.bits must be" in printed.err

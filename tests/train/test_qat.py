@@ -97,7 +97,10 @@ METHODS = {
     "mxfp4": QAT(
         qjax.StraightThrough(qjax.MX("fp4")), qjax.StraightThrough(qjax.MX("fp4"))
     ),
-    "rtn": qjax.RTN("W4A8"),
+    "rtn": qjax.RTN(
+        weights=qjax.Int(4, qjax.group(16)),
+        activations=qjax.Activation(qjax.Int(8, qjax.token(), scale_rule="narrow")),
+    ),
 }
 
 
@@ -117,8 +120,8 @@ def served(f, params, qstate):
 def test_what_is_trained_is_served(method):
     """Also after a step of training has moved what is learned.
 
-    With the "ct" rule the lowest value of a token lies on a tie of its codes, so that
-    one rounding of the sums before it decides; behind a ReLU there is no such value.
+    Dynamic ranges are "narrow": with the "ct" rule the lowest value of a token lies on
+    a tie of its codes, which the last bit of a division decides.
     """
     f, params = CASES["scanned" if method in ("lsq", "observed") else "mlp"]
     f_qat, qstate = qjax.fake_quantize(f, params, METHODS[method], [(X,)])
