@@ -1,4 +1,4 @@
-"""The command line: `qjax compare | quantize | eval | sites | choose`."""
+"""The command line: `qjax compare | quantize | qat | finetune | eval | ...`."""
 
 import sys
 import warnings
@@ -11,12 +11,16 @@ import tyro
 from qjax.commands.choose import Choose
 from qjax.commands.compare import Compare
 from qjax.commands.evaluate import Evaluate
+from qjax.commands.finetune import Finetune
+from qjax.commands.qat import TrainQuantized
 from qjax.commands.quantize import Quantize
 from qjax.commands.sites import ShowSites
 
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Quantize, tyro.conf.subcommand("quantize")]
+    | Annotated[TrainQuantized, tyro.conf.subcommand("qat")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[ShowSites, tyro.conf.subcommand("sites")]
     | Annotated[Choose, tyro.conf.subcommand("choose")]

@@ -20,12 +20,33 @@ def plan(steps: Sequence[Any], found: Sites, leaves: dict[str, Any]) -> list[Job
     Raises:
         ValueError: a step takes nothing, or takes part of a stack that must stay whole.
     """
+    by_path = {
+        path: uses
+        for path, uses in uses_by_path(found).items()
+        if not is_quantized(leaves[path])
+    }
+    candidates = candidates_of(found, by_path)
+    assigned = assign(steps, candidates)
+    return [
+        _job(candidate.names, by_path[candidate.path], leaves[candidate.path], numbers)
+        for candidate in candidates
+        for numbers in [assigned[candidate.path]]
+        if any(step is not None for step in numbers)
+    ]
+
+
+def uses_by_path(found: Sites) -> dict[str, list[Site]]:
+    """The sites of each leaf that are contractions or lookups."""
     by_path: dict[str, list[Site]] = {}
     for site in found.sites:
-        usable = site.layout is not None
-        if usable and not is_quantized(leaves[site.path]):
+        if site.layout is not None:
             by_path.setdefault(site.path, []).append(site)
-    candidates = [
+    return by_path
+
+
+def candidates_of(found: Sites, by_path: dict[str, list[Site]]) -> list[Candidate]:
+    """The leaves that a recipe chooses from."""
+    return [
         Candidate(
             path,
             _names(uses),
@@ -33,13 +54,6 @@ def plan(steps: Sequence[Any], found: Sites, leaves: dict[str, Any]) -> list[Job
             spared=path == found.head or path in found.routers,
         )
         for path, uses in by_path.items()
-    ]
-    assigned = assign(steps, candidates)
-    return [
-        _job(candidate.names, by_path[candidate.path], leaves[candidate.path], numbers)
-        for candidate in candidates
-        for numbers in [assigned[candidate.path]]
-        if any(step is not None for step in numbers)
     ]
 
 
@@ -62,7 +76,7 @@ def _job(
     leaf: Any,
     assigned: tuple[int | None, ...],
 ) -> Job:
-    main = _main_use(uses)
+    main = main_use(uses)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
             f"{main.path} is {leaf.dtype}; only float leaves are quantized"
@@ -83,7 +97,7 @@ def _job(
     )
 
 
-def _main_use(uses: Sequence[Site]) -> Site:
+def main_use(uses: Sequence[Site]) -> Site:
     """The use whose K and N the codes follow: a contraction before a lookup."""
     return next((u for u in uses if u.kind != "embedding"), uses[0])
 

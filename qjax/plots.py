@@ -261,6 +261,37 @@ def error_plot(path: str | Path, sites: Sequence[SiteReport]) -> None:
         figure.savefig(path)
 
 
+def loss_plot(path: str | Path, lines: Sequence[dict[str, Any]], title: str) -> None:
+    """Write a PNG: the loss of every step, and the held-out loss where it was taken.
+
+    Args:
+      path: the picture.
+      lines: of a job's `metrics.jsonl`.
+      title: what was trained.
+    """
+    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    held = [
+        (line["step"], line["held_out_loss"])
+        for line in lines
+        if "held_out_loss" in line
+    ]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.6), layout="constrained")
+        axes = figure.subplots()
+        if trained:
+            axes.plot(
+                *zip(*trained), color=COLOURS[0], lw=1, alpha=0.6, label="training"
+            )
+        if held:
+            axes.plot(*zip(*held), "-o", color=COLOURS[1], ms=4, label="held out")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.set_title(title)
+        axes.legend()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
 def _around(centre: Any, radius: int | float) -> Bbox:
     x, y = centre
     return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)

@@ -87,7 +87,7 @@ class Quantize:
             params,
             recipe=recipe,
             metadata={"model": model.name, "scan_layers": model.scan_layers},
-            files=_shell_files(model.folder),
+            files=shell_files(model.folder),
             overwrite=self.overwrite,
         )
         console = wide_console()
@@ -152,6 +152,6 @@ class Quantize:
         return tuple(replace(step, **patterns) for step in steps)
 
 
-def _shell_files(folder: Path) -> dict[str, Path]:
+def shell_files(folder: Path) -> dict[str, Path]:
     """Configuration and tokenizer of a model's folder, by name."""
     return {file.name: file for pattern in SHELL for file in folder.glob(pattern)}

@@ -94,12 +94,12 @@ def _matmul(x: Any, q: QTensor, site: int, dtype: Any, precision: Any) -> Any:
         terms = [_coded_product(x, acts, p, dtype, dot) for p in coded]
         x = coded_values(x, acts)
         if kept is not None:
-            terms += [dot(kept, part.decode(x.dtype)) for part in coded]
+            terms += [_decoded_product(dot, kept, part) for part in coded]
             x = x + kept
         values = [p for p, way in zip(q.parts, ways) if way == "values"]
     else:
         values = list(q.parts)
-    terms += [dot(x, part.decode(x.dtype)) for part in values]
+    terms += [_decoded_product(dot, x, part) for part in values]
     if q.left is not None:
         inner = jnp.matmul(x, factor(q.left, x.dtype), precision=precision)
         terms.append(dot(inner, factor(q.right, x.dtype)))
@@ -114,6 +114,20 @@ _matmul.__name__ = "qmatmul"
 _qmatmul = jax.jit(_matmul, static_argnums=(2, 3, 4))
 
 
+def _decoded_product(dot: Any, x: Any, part: Coded) -> Any:
+    """What `x` gives with the decoded weight.
+
+    The backward pass decodes again: what is kept for it is the codes, never a float
+    weight.
+    """
+
+    @jax.checkpoint
+    def product(x: Any, part: Coded) -> Any:
+        return dot(x, part.decode(x.dtype))
+
+    return product(x, part)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _coded_product(x: Any, acts: SiteActs, part: Coded, dtype: Any, dot: Any) -> Any:
     """Codes contracted with codes; the gradient is that of their values."""
@@ -126,7 +140,7 @@ def _coded_product(x: Any, acts: SiteActs, part: Coded, dtype: Any, dot: Any) ->
 @_coded_product.defjvp
 def _coded_product_jvp(dtype: Any, dot: Any, primals: Any, tangents: Any) -> Any:
     def values(x: Any, acts: SiteActs, part: Coded) -> Any:
-        return dot(coded_values(x, acts), part.decode(x.dtype))
+        return _decoded_product(dot, coded_values(x, acts), part)
 
     out = _coded_product(*primals, dtype, dot)
     return out, jax.jvp(values, primals, tangents)[1]

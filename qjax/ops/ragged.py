@@ -73,7 +73,13 @@ def _ragged(
         y = _coded_ragged(x, acts, q.parts[0], group_sizes)
         return y.astype(dtype)
     x = x if acts.activation is None else coded_values(x, acts)
-    return dot(x, q.matrix(x.dtype, site))
+
+    # Decoded again in the backward pass, which keeps no float weight.
+    @jax.checkpoint
+    def product(x: Any, q: QTensor) -> Any:
+        return dot(x, q.matrix(x.dtype, site))
+
+    return product(x, q)
 
 
 _ragged.__name__ = "qragged_matmul"
@@ -102,6 +108,7 @@ def _coded_ragged(x: Any, acts: SiteActs, part: Coded, sizes: Any) -> Any:
 def _coded_ragged_jvp(primals: Any, tangents: Any) -> Any:
     x, acts, part, sizes = primals
 
+    @jax.checkpoint
     def values(x: Any, acts: SiteActs, part: Coded) -> Any:
         y = jax.lax.ragged_dot(coded_values(x, acts), part.decode(x.dtype), sizes)
         return y.astype(jnp.float32)

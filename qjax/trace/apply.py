@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from qjax import ops
+from qjax.core.carrier import Carrier
 from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor, Stacked, is_quantized
 from qjax.ops.conv import conv_contraction
@@ -51,13 +52,14 @@ def apply(f: Callable[..., Any]) -> Callable[..., Any]:
         operands = program.operands(track=is_quantized)
         outputs = body.run(program.jaxpr, program.consts, operands)
         flat = body.as_floats("return", outputs, "returned by the function")
-        _warn(program, body.events)
+        warn_of(program, body.events)
         return jax.tree.unflatten(program.out_tree, flat)
 
     return applied
 
 
-def _warn(program: Program, events: list[Any]) -> None:
+def warn_of(program: Program, events: list[Any]) -> None:
+    """Warn of leaves that met an operation without a low-bit rule."""
     found = dict.fromkeys(
         f"{program.paths[e.leaf]} is {e.runs}"
         for e in events
@@ -108,18 +110,27 @@ def refusal(q: QTensor | Stacked, weight: Tracked, call: Call) -> str:
     """Why a leaf cannot be contracted as it is coded; empty if it can."""
     if isinstance(q, Stacked):
         return "layers of several formats are used at once"
-    coded, used = atom_roles(q, weight.view), call.roles
-    pairs = zip(coded, used, weight.view.atoms)
-    if any(a != b for a, b, size in pairs if size != 1):
-        return f"coded with axes {coded!r}, used with axes {used!r}"
+    otherwise = other_axes(q, weight, call)
+    if otherwise:
+        return otherwise
     extra = _extra(q, call)
     if extra:
         return f"{extra} in a {call.kind} site"
     if call.kind == "embedding" and q.lead:
         return "an embedding with leading axes"
+    used = call.roles
     whole = len(set(weight.view.owner)) == len(weight.view.owner)
     if "b" in used and not whole:
         return "batched axes were reshaped"
+    return ""
+
+
+def other_axes(leaf: QTensor | Carrier, weight: Tracked, call: Call) -> str:
+    """How the leaf is used otherwise than it is coded; empty if it is not."""
+    coded, used = atom_roles(leaf, weight.view), call.roles
+    pairs = zip(coded, used, weight.view.atoms)
+    if any(a != b for a, b, size in pairs if size != 1):
+        return f"coded with axes {coded!r}, used with axes {used!r}"
     return ""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.core.carrier import Carrier
 from qjax.core.qtensor import QTensor
 from qjax.trace import compat, scan, sharded
 from qjax.trace.interpret import Body, Rule
@@ -33,18 +34,18 @@ def enter_jit(outer: Body, eqn: Any, operands: list[Any], number: int) -> list[A
     if key not in outer.cache:
         notes = Notes()
 
-        def call(*args: Any) -> list[Any]:
+        def call(*args: Any) -> tuple[list[Any], list[Any]]:
             inner = outer.nested()
             out = inner.run(jaxpr, consts, _placed(args, constrain_in))
-            notes.events = tuple(inner.events)
-            return _placed(out, constrain_out)
+            return _placed(out, constrain_out), notes.keep(inner.events)
 
         call.__name__ = str(eqn.params.get("name", "jit"))
         # The jaxpr is kept with its entry: an id is unique only while it lives.
         outer.cache[key] = (jax.jit(call), notes, jaxpr)
     jitted, notes, _ = outer.cache[key]
-    outputs = jitted(*given)
-    outer.adopt(notes.events, operands, sources_of(outer, eqn), number)
+    outputs, seen = jitted(*given)
+    events = notes.with_seen(seen)
+    outer.adopt(events, operands, sources_of(outer, eqn), number)
     return restore(outputs, operands)
 
 
@@ -63,16 +64,16 @@ def enter_remat(outer: Body, eqn: Any, operands: list[Any], number: int) -> list
     jaxpr, consts = compat.call_body(eqn)
     notes = Notes()
 
-    def call(*args: Any) -> list[Any]:
+    def call(*args: Any) -> tuple[list[Any], list[Any]]:
         inner = outer.nested()
         out = inner.run(jaxpr, consts, args)
-        notes.events = tuple(inner.events)
-        return out
+        return out, notes.keep(inner.events)
 
-    outputs = jax.checkpoint(call, **compat.remat_options(eqn))(
+    outputs, seen = jax.checkpoint(call, **compat.remat_options(eqn))(
         *outer.renumber(operands)
     )
-    outer.adopt(notes.events, operands, sources_of(outer, eqn), number)
+    events = notes.with_seen(seen)
+    outer.adopt(events, operands, sources_of(outer, eqn), number)
     return restore(outputs, operands)
 
 
@@ -129,7 +130,7 @@ def enter_cond(outer: Body, eqn: Any, operands: list[Any], number: int) -> list[
             sources = [("arg", i + 1) for i in range(len(args))]
             out = inner.run(jaxpr, consts, _after(before, args), sources)
             flat = inner.as_floats("cond", out, "leaves a cond")
-            note.events = tuple(inner.events)
+            note.refuse(inner.events, "cond")
             return flat
 
         return call
@@ -145,7 +146,7 @@ def _after(before: Sequence[Notes], args: Sequence[Any]) -> list[Any]:
     """Parameters whose sites are counted on from those in earlier bodies."""
 
     def one(x: Any) -> Any:
-        if not isinstance(x, Tracked) or not isinstance(x.value, QTensor):
+        if not isinstance(x, Tracked) or not isinstance(x.value, (QTensor, Carrier)):
             return x
         if len(x.value.acts) < 2:
             return x
@@ -186,14 +187,14 @@ def enter_while(outer: Body, eqn: Any, operands: list[Any], number: int) -> list
         where = names[:n_test] + names[split:]
         inner = outer.nested()
         out = inner.run(test_jaxpr, test_consts, args, where)[0]
-        tested.events = tuple(inner.events)
+        tested.refuse(inner.events, "while")
         return out
 
     def body(state: list[Any]) -> list[Any]:
         inner = outer.nested()
         args = [*held[n_test:], *everything(state)]
         out = inner.run(jaxpr, consts, _after([tested], args), names[n_test:])
-        notes.events = tuple(inner.events)
+        notes.refuse(inner.events, "while")
         kept = [x for i, x in enumerate(out, start=split) if i not in fixed]
         return inner.as_floats("while", kept, "leaves a loop")
 

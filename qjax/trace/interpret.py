@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.core.carrier import Carrier
 from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor
 from qjax.trace import compat
@@ -29,7 +30,8 @@ class Event:
 
     `leaf` is the number of the operand of that body through which the parameter came
     (None: no parameter, two activations met). `stacked` and `groups` grow as the event
-    leaves scans: lengths, and the operands scanned together.
+    leaves scans: lengths, and the operands scanned together. `seen` is what the rule
+    observed of the activation: a pytree with `over_steps`, or None.
     """
 
     leaf: Any
@@ -44,10 +46,12 @@ class Event:
     groups: tuple[tuple[int, ...], ...] = ()
     picks: tuple[tuple[int, int | None], ...] = ()
     index: int = 0
+    seen: Any = None
 
 
-Rule = Callable[[Any, Call, Tracked, list[Any], int], tuple[Any, str]]
-"""`rule(eqn, call, weight, operands, site) -> (output or None, how it runs)`."""
+Rule = Callable[[Any, Call, Tracked, list[Any], int], tuple[Any, ...]]
+"""`rule(eqn, call, weight, operands, site) -> (output or None, how it runs)`, and a
+third member if it observed the activation (`Event.seen`)."""
 
 
 @dataclass
@@ -164,7 +168,7 @@ class Body:
             return self._other_use(eqn, operands, call)[0]
         site = self.counts.get(key_of(weight), 0)
         self.counts[key_of(weight)] = site + 1
-        output, runs = self.rule(eqn, call, weight, operands, site)
+        output, runs, *seen = self.rule(eqn, call, weight, operands, site)
         self.events.append(
             Event(
                 weight.leaf,
@@ -177,6 +181,7 @@ class Body:
                 source=self.source(eqn.invars[call.operand]),
                 picks=weight.picks,
                 index=site,
+                seen=seen[0] if seen else None,
             )
         )
         if output is None:
@@ -237,7 +242,7 @@ class Body:
         numbers: dict[Any, Any] = {}
 
         def inside(x: Tracked, number: Any) -> Tracked:
-            several = isinstance(x.value, QTensor) and len(x.value.acts) > 1
+            several = isinstance(x.value, (QTensor, Carrier)) and len(x.value.acts) > 1
             base = self.counts.get(key_of(x), 0) if several else 0
             number = numbers.setdefault(key_of(x), number)
             return replace(x, leaf=number, base=base, picks=())

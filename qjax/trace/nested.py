@@ -14,6 +14,28 @@ class Notes:
 
     events: Sequence[Event] = field(default_factory=tuple)
 
+    def keep(self, events: Sequence[Event]) -> list[Any]:
+        """Note events; what they observed is returned, to leave the body as values."""
+        self.events = tuple(replace(e, seen=None) for e in events)
+        return [e.seen for e in events]
+
+    def refuse(self, events: Sequence[Event], primitive: str) -> None:
+        """Note the events of a body that observations cannot leave.
+
+        Raises:
+            ValueError: something was observed.
+        """
+        if any(e.seen is not None for e in events):
+            raise ValueError(
+                f"an activation inside {primitive} cannot be observed; there, take a "
+                "range that is dynamic or learned"
+            )
+        self.events = tuple(events)
+
+    def with_seen(self, seen: Sequence[Any]) -> list[Event]:
+        """The events, with what was observed as it came out of the body."""
+        return [replace(e, seen=s) for e, s in zip(self.events, seen)]
+
 
 def sources_of(outer: Body, eqn: Any) -> list[Any]:
     """Which activations an equation reads."""

@@ -44,17 +44,17 @@ def enter_scan(outer: Body, eqn: Any, operands: list[Any], number: int) -> list[
         for i in range(len(given))
     ]
 
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], Any]:
         moving = iter(carry)
         args = [h if h is not None else next(moving) for h in held[:split]]
         inner = outer.nested()
         every = [*args, *(_slice(x) for x in xs)]
         out = inner.run(jaxpr, consts, every, names)
-        notes.events = tuple(inner.events)
+        seen = notes.keep(inner.events)
         kept = [x for i, x in enumerate(out[:n_carry]) if n_const + i not in fixed]
         leaving = [*kept, *out[n_carry:]]
         flat = inner.as_floats("scan", leaving, "leaves a scan")
-        return flat[: len(kept)], flat[len(kept) :]
+        return flat[: len(kept)], (flat[len(kept) :], seen)
 
     length = eqn.params["length"]
     ranges = _runs(xs, length)
@@ -68,11 +68,12 @@ def enter_scan(outer: Body, eqn: Any, operands: list[Any], number: int) -> list[
         )
         events.append(notes.events)
     ys = [pieces[start] for start, _ in ranges]
-    outputs = (
-        ys[0] if len(ys) == 1 else [jnp.concatenate(column) for column in zip(*ys)]
+    outputs, seen = (
+        ys[0] if len(ys) == 1 else jax.tree.map(lambda *y: jnp.concatenate(y), *ys)
     )
+    merged = [replace(e, seen=s) for e, s in zip(_merge(events), seen)]
     outer.adopt(
-        _scanned(_merge(events), length, split, operands),
+        _scanned(merged, length, split, operands),
         operands,
         sources_of(outer, eqn),
         number,
@@ -138,14 +139,18 @@ def _merge(runs: Sequence[Sequence[Event]]) -> list[Event]:
 def _scanned(
     events: Sequence[Event], length: int, split: int, operands: Sequence[Any]
 ) -> list[Event]:
-    """Events of a scan body: leaves that were scanned over are stacked."""
+    """Events of a scan body: leaves that were scanned over are stacked.
+
+    What was observed at the site of another leaf is taken together over all steps.
+    """
     group = tuple(
         i for i, x in enumerate(operands) if i >= split and isinstance(x, Tracked)
     )
 
     def one(event: Event) -> Event:
         if event.leaf not in group:
-            return event
+            seen = None if event.seen is None else event.seen.over_steps()
+            return replace(event, seen=seen)
         stacked, groups = (length, *event.stacked), (group, *event.groups)
         return replace(event, stacked=stacked, groups=groups)
 

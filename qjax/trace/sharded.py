@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from qjax.core.carrier import Carrier
 from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor, Stacked
 from qjax.core.sharding import localize, obstacle, partition_specs
@@ -74,6 +75,8 @@ def _obstacle(x: Any, spec: PartitionSpec, mesh: Any) -> str:
         return ""
     if not x.view.identity:
         return "reshaped before it enters shard_map"
+    if isinstance(x.value, Carrier):
+        return "its parts have no sharding rule"
     if isinstance(x.value, Stacked):
         return "layers of several formats enter shard_map"
     return obstacle(x.value, spec, mesh) if isinstance(x.value, QTensor) else ""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.core.carrier import Carrier
 from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor, Stacked, is_quantized
 
@@ -178,8 +179,8 @@ class Tracked:
 
     @property
     def quantized(self) -> bool:
-        """Whether the leaf is in low bits."""
-        return is_quantized(self.value)
+        """Whether the leaf is in low bits, or carries more than a float array."""
+        return is_quantized(self.value) or isinstance(self.value, Carrier)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -224,12 +225,12 @@ def as_array(value: Any) -> Any:
     return value.array() if isinstance(value, (Tracked, Joined)) else value
 
 
-def qdequantize(value: QTensor | Stacked, dtype: Any) -> jax.Array:
+def qdequantize(value: QTensor | Stacked | Carrier, dtype: Any) -> jax.Array:
     """Decode a leaf at its use; the name under which it appears in a jaxpr."""
     return _qdequantize(value, jnp.dtype(dtype))
 
 
-def _decode(value: QTensor | Stacked, dtype: Any) -> jax.Array:
+def _decode(value: QTensor | Stacked | Carrier, dtype: Any) -> jax.Array:
     return value.dequantize(dtype)
 
 
@@ -290,7 +291,7 @@ def _pick(eqn: Any, name: str, source: Tracked, rest: list[Any]) -> Tracked | No
     )
 
 
-def _layer(value: QTensor | Stacked, index: Any) -> QTensor:
+def _layer(value: QTensor | Stacked | Carrier, index: Any) -> Any:
     if isinstance(value, Stacked):
         return value.layers(index, index + 1)[0]
 
@@ -300,8 +301,8 @@ def _layer(value: QTensor | Stacked, index: Any) -> QTensor:
     return jax.tree.map(take, value)
 
 
-def atom_roles(leaf: QTensor, view: View) -> str:
-    """The roles of a quantized leaf's atoms, as it was coded."""
+def atom_roles(leaf: QTensor | Carrier, view: View) -> str:
+    """The roles of a leaf's atoms, as it was coded."""
     lead = view.leaf_ndim - len(leaf.layout.roles)
     roles = "b" * lead + leaf.layout.roles
     return "".join(roles[o] for o in view.owner)

@@ -1,0 +1,163 @@
+"""What training subcommands take: a text, a schedule, and a folder for the run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qjax.commands.inputs import Model, TextOptions
+from qjax.commands.output import wide_console
+from qjax.data import encode_text, windows
+from qjax.plots import loss_plot
+from qjax.train.loop import read_metrics, run_job
+from qjax.train.step import TrainState
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The text to train on, and how."""
+
+    text: Path | None = None
+    """A UTF-8 text file, in place of a dataset."""
+    dataset: str | None = None
+    """A named text: pydoc (the default, offline), wikitext2, c4 or ptb."""
+    length: int = 128
+    """Tokens in a window, at most the model's context."""
+    batch: int = 8
+    """Windows in a batch."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged before each update."""
+    steps: int = 200
+    """Updates."""
+    learning_rate: float = 1e-4
+    """Of AdamW, after a warm-up over a tenth of the steps; falls to 0 by a cosine."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    held_out: int = 16
+    """Windows at the end of the text that are not trained on."""
+    eval_every: int = 50
+    """Steps between held-out losses."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of the order of windows, and of everything drawn at random."""
+    run: Path | None = None
+    """The folder for checkpoints, metrics.jsonl and loss.png (OUT with .run behind). A
+    job that was killed goes on from its last checkpoint."""
+
+    def folder(self, out: Path) -> Path:
+        """The run's folder."""
+        return self.run or out.with_name(out.name + ".run")
+
+    def key(self) -> jax.Array:
+        """Of everything drawn at random."""
+        return jax.random.key(self.seed)
+
+    def optimiser(self) -> optax.GradientTransformation:
+        """AdamW with its schedule."""
+        self._check()
+        warm = max(self.steps // 10, 1)
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, warm, max(self.steps, warm + 1)
+        )
+        adamw = optax.adamw(schedule, weight_decay=self.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(self.clip), adamw)
+
+    def _check(self) -> None:
+        for name in ("length", "batch", "accumulate", "steps", "held_out"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}: "
+                    "give 1 or more"
+                )
+
+    def rows(self, model: Model) -> tuple[np.ndarray, np.ndarray]:
+        """Windows to train on, and held-out ones, `[windows, length]`.
+
+        Raises:
+          ValueError: the text is too short, or the model has no tokenizer.
+        """
+        if model.tokenizer is None:
+            raise ValueError(f"{model.name} has no tokenizer to read the text with")
+        dataset: Any = self.dataset
+        text = TextOptions(text=self.text, dataset=dataset).load()
+        context = getattr(model.config, "context", None) or self.length
+        cut = windows(encode_text(model.tokenizer, text), min(self.length, context))
+        if len(cut.tokens) <= self.held_out:
+            raise ValueError(
+                f"the text has {len(cut.tokens)} windows, of which "
+                f"--held-out {self.held_out} leaves none to train on"
+            )
+        return cut.tokens[: -self.held_out], cut.tokens[-self.held_out :]
+
+    def batches(self, rows: np.ndarray, number: int) -> np.ndarray:
+        """The windows of a step, `[accumulate, batch, length]`: drawn by its number."""
+        draw = np.random.default_rng((self.seed, number))
+        chosen = draw.integers(0, len(rows), (self.accumulate, self.batch))
+        return rows[chosen]
+
+
+def run_training(
+    options: TrainingOptions,
+    out: Path,
+    title: str,
+    step: Callable[..., tuple[TrainState, Any]],
+    state: TrainState,
+    held_out_loss: Callable[..., Any],
+    data: tuple[np.ndarray, np.ndarray],
+    frozen: Any,
+) -> TrainState:
+    """Train with checkpoints, metrics and a picture of the losses.
+
+    Args:
+      options: of the command.
+      out: the command's result; the run's folder has its name.
+      title: of the picture.
+      step: as `qjax.train.step.training_step` makes it.
+      state: before the first step.
+      held_out_loss: `held_out_loss(state, tokens, *frozen)`.
+      data: windows to train on, and held-out ones.
+      frozen: further arguments of `step` and `held_out_loss`.
+    """
+    rows, held = data
+    jitted, measure = jax.jit(step, donate_argnums=0), jax.jit(held_out_loss)
+    key, folder = options.key(), options.folder(out)
+
+    def once(state: TrainState, number: int) -> tuple[TrainState, Any]:
+        batches = jnp.asarray(options.batches(rows, number))
+        return jitted(state, batches, key, *frozen)
+
+    def evaluate(state: TrainState) -> float:
+        parts = [
+            held[i : i + options.batch] for i in range(0, len(held), options.batch)
+        ]
+        losses = [float(measure(state, jnp.asarray(p), *frozen)) for p in parts]
+        return float(np.average(losses, weights=[len(p) for p in parts]))
+
+    console = wide_console()
+
+    def report(line: dict[str, Any]) -> None:
+        if "held_out_loss" in line:
+            console.print(f"step {line['step']}: held-out {line['held_out_loss']:.4f}")
+
+    # The start is given away to the first step; parameters are still the model's.
+    state = jax.tree.map(jnp.copy, state)
+    state = run_job(
+        once,
+        state,
+        folder,
+        steps=options.steps,
+        save_every=options.save_every,
+        evaluate=evaluate,
+        evaluate_every=options.eval_every,
+        report=report,
+    )
+    loss_plot(folder / "loss.png", read_metrics(folder), title)
+    return state

@@ -1,0 +1,48 @@
+"""Training: quantization-aware, and of adapters beside quantized weights."""
+
+from qjax.train.binaryconnect import BinaryConnect
+from qjax.train.bitnet import BitNet
+from qjax.train.dorefa import DoReFa
+from qjax.train.finish import finalize
+from qjax.train.initialise import initialise_lora
+from qjax.train.loftq import LoftQ
+from qjax.train.lora import Adapters, LoRA, lora, merge_lora
+from qjax.train.lsq import LSQ
+from qjax.train.lsq_plus import LSQPlus
+from qjax.train.observed import Observed
+from qjax.train.pact import PACT
+from qjax.train.paretoq import ParetoQ
+from qjax.train.peft import save_peft
+from qjax.train.pissa import PiSSA
+from qjax.train.qat import fake_quantize
+from qjax.train.qera import LQER, QERA
+from qjax.train.state import QAT, QState
+from qjax.train.straight_through import StraightThrough
+from qjax.train.xnor import XNOR
+
+__all__ = [
+    "LQER",
+    "LSQ",
+    "PACT",
+    "QAT",
+    "QERA",
+    "XNOR",
+    "Adapters",
+    "BinaryConnect",
+    "BitNet",
+    "DoReFa",
+    "LSQPlus",
+    "LoRA",
+    "LoftQ",
+    "Observed",
+    "ParetoQ",
+    "PiSSA",
+    "QState",
+    "StraightThrough",
+    "fake_quantize",
+    "finalize",
+    "initialise_lora",
+    "lora",
+    "merge_lora",
+    "save_peft",
+]

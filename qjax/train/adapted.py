@@ -1,0 +1,147 @@
+"""A frozen leaf with a trained low-rank term beside it."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.core.carrier import Carrier
+from qjax.core.layout import Layout
+from qjax.core.pytrees import register
+from qjax.core.qtensor import QTensor
+from qjax.trace import compat
+from qjax.trace.apply import low_bit, other_axes
+from qjax.trace.contractions import Call
+from qjax.trace.views import Tracked, as_array
+
+
+@dataclass(frozen=True)
+class Adapted(Carrier):
+    """`W + s A B`, or with a magnitude `(W + s A B) m / ||W + s A B||` (DoRA).
+
+    Attributes:
+      base: the frozen leaf: a float array in its own axes, or a QTensor.
+      a, b: `[*layers, *experts, K, r]` and `[*layers, *experts, r, N]`.
+      magnitude: `[*layers, N]`; None without DoRA.
+      key: for dropout, one key per layer; None: no dropout.
+      layout, dtype: of the leaf.
+      scaling: `s`.
+      dropout: probability that a feature of the adapter's input is dropped.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    magnitude: Any
+    key: Any
+    layout: Layout
+    dtype: Any
+    scaling: float
+    dropout: float
+
+    @property
+    def acts(self) -> tuple[Any, ...]:
+        """The base's records of its sites."""
+        return self.base.acts if isinstance(self.base, QTensor) else ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leaf's own shape."""
+        return tuple(self.base.shape)
+
+    def frozen(self, dtype: Any) -> jax.Array:
+        """`W` as `[..., K, N]`."""
+        if isinstance(self.base, QTensor):
+            return self.base.matrix(dtype)
+        return self.layout.to_matrix(self.base).astype(dtype)
+
+    def delta(self, dtype: Any) -> jax.Array:
+        """`s A B` as `[..., K, N]`."""
+        product = self.a.astype(dtype) @ self.b.astype(dtype)
+        return product * jnp.asarray(self.scaling, dtype)
+
+    def gain(self) -> Any:
+        """DoRA's `m / ||W + s A B||`, `[..., N]`; the norm is a constant.
+
+        Section 4.3 of the paper leaves the norm out of the gradient. One float weight
+        at a time is made for it, and none is kept.
+        """
+        w = jax.lax.stop_gradient(self.frozen(jnp.float32) + self.delta(jnp.float32))
+        norm = jnp.sqrt(jnp.sum(jnp.square(w), axis=-2))
+        return self.magnitude / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+
+    def merged(self) -> jax.Array:
+        """The float weight that it stands for, `[..., K, N]` in float32."""
+        w = self.frozen(jnp.float32) + self.delta(jnp.float32)
+        return w if self.magnitude is None else w * self.gain()[..., None, :]
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The float leaf that it stands for."""
+        return self.layout.from_matrix(self.merged().astype(dtype or self.dtype))
+
+    def without(self, x: jax.Array, site: int) -> jax.Array:
+        """`x` with dropped features, the rest scaled up."""
+        if self.key is None or not self.dropout:
+            return x
+        kept = 1 - self.dropout
+        key = jax.random.fold_in(self.key, site)
+        mask = jax.random.bernoulli(key, kept, x.shape)
+        return jnp.where(mask, x / jnp.asarray(kept, x.dtype), jnp.zeros_like(x))
+
+
+register(
+    Adapted,
+    ("base", "a", "b", "magnitude", "key"),
+    ("layout", "dtype", "scaling", "dropout"),
+)
+
+
+def adapted_rule(
+    eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int
+) -> tuple[Any, ...]:
+    """The rule of `lora`: the frozen operation, and the low-rank term beside it."""
+    leaf = weight.value
+    if not isinstance(leaf, Adapted):
+        return low_bit(eqn, call, weight, operands, site)
+    if call.kind not in ("dot", "ragged_dot") or other_axes(leaf, weight, call):
+        return None, "dequantized: an adapted weight is merged here"
+    y, runs = _frozen(eqn, call, weight, operands, site)
+    x = operands[call.operand]
+    if call.kind == "ragged_dot":
+        delta = _ragged(leaf, leaf.without(x, site), operands[2])
+        return y + delta.astype(y.dtype), f"{runs}, adapted"
+    x = leaf.without(call.matrix(x), site)
+    inner = x @ leaf.a.astype(x.dtype)
+    scaled = inner * jnp.asarray(leaf.scaling, x.dtype)
+    y = y + call.finish(scaled @ leaf.b.astype(x.dtype)).astype(y.dtype)
+    if leaf.magnitude is not None:
+        gain = leaf.gain()[..., None, :]
+        every = jnp.broadcast_to(gain, (*gain.shape[:-2], call.M, gain.shape[-1]))
+        y = y * call.finish(every).astype(y.dtype)
+    return y, f"{runs}, adapted"
+
+
+def _frozen(
+    eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int
+) -> tuple[Any, str]:
+    """The operation on the frozen leaf alone."""
+    leaf = weight.value
+    if isinstance(leaf.base, QTensor):
+        alone = replace(weight, value=leaf.base)
+        y, runs = low_bit(eqn, call, alone, operands, site)
+        array = None if y is not None else alone.array()
+    else:
+        y, runs = None, "float"
+        array = weight.view.of_array(leaf.base).astype(weight.dtype)
+    if y is None:
+        given = [array if x is weight else as_array(x) for x in operands]
+        y = compat.bind(eqn, given)[0]
+    return y, runs
+
+
+def _ragged(leaf: Adapted, x: jax.Array, group_sizes: Any) -> jax.Array:
+    """`s (x A) B`, each row with its expert's factors."""
+    inner = jax.lax.ragged_dot(x, leaf.a.astype(x.dtype), group_sizes)
+    scaled = inner * jnp.asarray(leaf.scaling, x.dtype)
+    return jax.lax.ragged_dot(scaled, leaf.b.astype(x.dtype), group_sizes)

@@ -1,0 +1,111 @@
+"""`qjax qat` and `qjax finetune` on a tiny Llama."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import qjax
+from qjax.cli import main
+from qjax.commands.inputs import open_model
+from qjax.train.loop import read_metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+TRAINING = [
+    "--length=16",
+    "--batch=4",
+    "--accumulate=2",
+    "--steps=6",
+    "--held-out=4",
+    "--eval-every=3",
+    "--save-every=2",
+    "--learning-rate=3e-3",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    table = {chr(code): code for code in range(128)}
+    made = Tokenizer(models.WordLevel(table, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    return file
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    return code, capsys.readouterr()
+
+
+def losses(folder):
+    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+
+
+def test_qat_trains_resumes_and_saves(model, text, tmp_path, capsys):
+    options = ["--method=lsq", "--bits=2", f"--text={text}", *TRAINING]
+    code, printed = run(capsys, "qat", model, tmp_path / "a", *options)
+    assert code == 0, printed.err
+    folder = tmp_path / "a.run"
+    assert (folder / "loss.png").is_file()
+    assert losses(folder)[-1] < losses(folder)[0]
+    q = open_model(str(tmp_path / "a")).params
+    kernel = q["layers"]["attn"]["q_proj"]["kernel"]
+    assert isinstance(kernel, qjax.QTensor) and kernel.parts[0].format.bits == 2
+    # Killed after the fourth step: the same run from its checkpoint.
+    shutil.copytree(folder, tmp_path / "b.run")
+    shutil.rmtree(tmp_path / "b.run" / "step-00000006")
+    code, printed = run(capsys, "qat", model, tmp_path / "b", *options)
+    assert code == 0, printed.err
+    assert losses(tmp_path / "b.run") == losses(folder)
+    arrays = [load_file(tmp_path / x / "arrays.safetensors") for x in "ab"]
+    assert all(np.array_equal(arrays[0][n], arrays[1][n]) for n in arrays[0])
+
+
+def test_finetune_writes_a_peft_folder(model, text, tmp_path, capsys):
+    options = ["--scheme=NF4_DQ", "--rank=4", "--dropout=0.1", *TRAINING]
+    out = tmp_path / "adapter"
+    code, printed = run(capsys, "finetune", model, out, f"--text={text}", *options)
+    assert code == 0, printed.err
+    assert "trained parameters" in printed.out
+    body = json.loads((out / "adapter_config.json").read_text())
+    assert (body["r"], body["lora_dropout"]) == (4, 0.1)
+    tensors = load_file(out / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    assert tensors[name].shape == (32, 4) and np.any(tensors[name])
+    assert losses(tmp_path / "adapter.run")[-1] < losses(tmp_path / "adapter.run")[0]
+
+
+def test_errors_are_sentences(model, text, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    code, printed = run(capsys, "finetune", model, tmp_path / "there")
+    assert code == 1 and "exists; give the name of a new folder" in printed.err
+    options = [f"--text={text}", "--steps=0"]
+    code, printed = run(capsys, "qat", model, tmp_path / "x", *options)
+    assert code == 1 and "--steps is 0: give 1 or more" in printed.err
+    code, printed = run(capsys, "qat", model, tmp_path / "x", "--bits=1")
+    assert code == 1 and "LSQ.bits must be" in printed.err
