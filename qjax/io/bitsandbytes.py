@@ -20,7 +20,7 @@ from qjax.core.formats import Codebook, Int, channel, group, token
 from qjax.core.qtensor import Activation, QTensor, SiteActs
 from qjax.io.bits import pack_rows
 from qjax.io.matrices import Matrix, tensor, words_of
-from qjax.io.modules import Linear, Take, checked, common_scheme
+from qjax.io.modules import FLOATS, Linear, Take, checked, common_scheme
 
 STATE = "weight.quant_state.bitsandbytes__"
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -274,7 +274,8 @@ def _state(take: Take) -> tuple[str, dict[str, Any]]:
 
 
 def _absmax(take: Take, size: int, K: int, N: int) -> np.ndarray:
-    flat = take("weight.absmax", "float32", (N * K // size,))
+    # bfloat16 where a model was saved after it ran on a CPU.
+    flat = take("weight.absmax", FLOATS, (N * K // size,)).astype(np.float32)
     return np.ascontiguousarray(flat.reshape(N, -1).T)
 
 
