@@ -48,6 +48,7 @@ from qjax.core.statistics import (
     SecondMoment,
 )
 from qjax.io.checkpoint import restore, save
+from qjax.io.export import export
 from qjax.io.huggingface import load_model
 from qjax.methods import (
     AWQ,
@@ -168,6 +169,7 @@ __all__ = [
     "block",
     "channel",
     "dequantize",
+    "export",
     "fake_quantize",
     "finalize",
     "functional",

@@ -1,4 +1,4 @@
-"""The command line: `qjax compare | quantize | qat | finetune | eval | ...`."""
+"""The command line: `qjax compare | quantize | export | qat | eval | ...`."""
 
 import sys
 import warnings
@@ -11,6 +11,7 @@ import tyro
 from qjax.commands.choose import Choose
 from qjax.commands.compare import Compare
 from qjax.commands.evaluate import Evaluate
+from qjax.commands.export import Export
 from qjax.commands.finetune import Finetune
 from qjax.commands.qat import TrainQuantized
 from qjax.commands.quantize import Quantize
@@ -24,6 +25,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[ShowSites, tyro.conf.subcommand("sites")]
     | Annotated[Choose, tyro.conf.subcommand("choose")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 

@@ -18,15 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qjax.core.scales import MINMAX, MSE
+from qjax.io.compressed_arguments import activation_of, scheme_of
+from qjax.io.modules import checked
 from qjax.methods import AWQ, GPTQ, RTN, IMatrix, SmoothQuant
 from qjax.recipe_modules import Modules, ignored, resolved
-from qjax.recipe_schemes import (
-    activation_of,
-    calibrator_of,
-    checked,
-    scheme_of,
-    search_of,
-)
+from qjax.recipe_schemes import calibrator_of, search_of
 from qjax.schemes import Scheme, scheme
 from qjax.trace.control import QuantizationWarning
 

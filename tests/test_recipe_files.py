@@ -21,6 +21,7 @@ from qjax.core.formats import (
 from qjax.core.qtensor import Activation
 from qjax.core.ranges import MinMaxRange, MovingAverageRange, PercentileRange
 from qjax.core.scales import MSE, Percentile
+from qjax.io.compressed_arguments import activation_of, scheme_of
 from qjax.io.huggingface import read_config
 from qjax.methods import (
     AWQ,
@@ -36,7 +37,6 @@ from qjax.methods import (
     SmoothQuant,
 )
 from qjax.recipe_files import read_recipe, write_recipe
-from qjax.recipe_schemes import activation_of, scheme_of
 from qjax.recipes import steps_of
 from qjax.schemes import SCHEMES, Scheme, scheme
 from qjax.trace.control import QuantizationWarning

@@ -150,6 +150,11 @@ def open_model(
         f, config = load_shell(folder, stacked)
         return Model(name, f, restore(folder), config, folder, stacked)
     f, params, config = load_weights(folder, scan_layers=scan_layers, lazy=lazy)
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    if in_float and any(map(is_quantized, leaves)):
+        raise ValueError(
+            f"{model} is already quantized: give the model that it was made from"
+        )
     return Model(name, f, params, config, folder, scan_layers)
 
 

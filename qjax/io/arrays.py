@@ -43,16 +43,19 @@ def spec_of(array: Any) -> Spec:
     return np.dtype(array.dtype).name, tuple(array.shape)
 
 
-def write_arrays(file: BinaryIO, arrays: Mapping[str, Any]) -> None:
+def write_arrays(
+    file: BinaryIO, arrays: Mapping[str, Any], origin: str = "qjax"
+) -> None:
     """Write arrays as safetensors; each comes to the host only when its turn comes.
 
-    One-byte dtypes that safetensors has no name for are stored as `U8`.
+    One-byte dtypes that safetensors has no name for are stored as `U8`. `origin` is
+    the `format` in the file's metadata; transformers reads no file without "pt".
 
     Raises:
       TypeError: a dtype that cannot be stored.
       ValueError: a lazy leaf is not what it announced.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "qjax"}}
+    header: dict[str, Any] = {"__metadata__": {"format": origin}}
     for name, (start, stop) in _places(arrays).items():
         dtype, shape = spec_of(arrays[name])
         entry = {

@@ -19,6 +19,12 @@ from huggingface_hub.errors import (
 )
 
 from qjax.core.lazy import LazyLeaf
+from qjax.io.quantized import (
+    QuantizedModules,
+    QuantizedSource,
+    float_dtype,
+    reader_of,
+)
 from qjax.io.shards import Tensor, open_shards, read_json
 from qjax.io.suitable import check_config, check_dtypes, warn_of_unread
 from qjax.models import Function, architecture, functional
@@ -41,15 +47,19 @@ def load_model(
 ) -> tuple[Function, dict[str, Any], Any, Any]:
     """A model's function and parameters, its tokenizer and its configuration.
 
+    Weights that compressed-tensors, GPTQ, AWQ or bitsandbytes stored in low bits become
+    QTensors with the same codes and scales; run them with `qjax.apply(f)`.
+
     Args:
       path_or_id: a folder with `config.json` and safetensors, or the id of a
         repository on the hub.
-      dtype: of floating-point parameters; None keeps the checkpoint's.
+      dtype: of floating-point parameters; None keeps the checkpoint's. Of quantized
+        leaves, what they stand for; codes and scales stay as stored.
       scan_layers: whether equal leaves of all layers are stacked, `[L, ...]`, and the
         layers run by `lax.scan`.
       sharding: of every leaf, or a function `(path, shape) -> sharding`; a device reads
         only its own slices. None: the default device.
-      lazy: whether leaves stay on disk, as `LazyLeaf`.
+      lazy: whether float leaves stay on disk, as `LazyLeaf`.
 
     Returns:
       `(f, params, tokenizer, config)`: `f(params, tokens)`, a nested dict, what
@@ -58,7 +68,7 @@ def load_model(
 
     Raises:
       FileNotFoundError: the folder, the repository or a file is missing.
-      ValueError: the model is not supported, its weights are quantized already, or a
+      ValueError: the model, or an option of its quantization, is not supported, or a
         file is damaged; in one sentence.
 
     Warns:
@@ -78,20 +88,32 @@ def load_weights(
 ) -> tuple[Function, dict[str, Any], Any]:
     """`(f, params, config)` as from `load_model`; reads no tokenizer."""
     raw = read_json(folder / "config.json")
-    check_config(raw, folder)
+    reader = reader_of(raw)
+    check_config(raw, folder, quantized=reader is not None)
     module, config = read_config(folder)
     f, shapes = _abstract(module, config, scan_layers)
     tensors = open_shards(folder)
-    sources = find_sources(module, config, tensors, shapes, scan_layers, folder)
-    wanted = [tensor for source in sources.values() for tensor in source.tensors]
-    check_dtypes(wanted)
-    warn_of_unread(tensors, (tensor.name for tensor in wanted), config, raw)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, _: _leaf(
-            sources["/".join(k.key for k in path)], dtype, sharding, lazy
-        ),
-        shapes,
+    quantized = QuantizedModules.of(reader, tensors)
+    sources = find_sources(
+        module, config, tensors, shapes, scan_layers, folder, quantized
     )
+    in_float = [s for s in sources.values() if isinstance(s, Source)]
+    wanted = [tensor for source in in_float for tensor in source.tensors]
+    check_dtypes(wanted)
+    whole = dtype or float_dtype(raw, wanted)
+
+    def leaf(path: Any, _: Any) -> Any:
+        source = sources["/".join(key.key for key in path)]
+        if isinstance(source, QuantizedSource):
+            return source.place(whole, sharding)
+        return _leaf(source, dtype, sharding, lazy)
+
+    params = jax.tree_util.tree_map_with_path(leaf, shapes)
+    read = {tensor.name for tensor in wanted}
+    for source in sources.values():
+        if isinstance(source, QuantizedSource):
+            read |= {name for take in source.takes for name in take.used}
+    warn_of_unread(tensors, read, config, raw)
     return f, params, config
 
 
@@ -212,7 +234,8 @@ def find_sources(
     shapes: Any,
     scan_layers: bool,
     folder: Path,
-) -> dict[str, Source]:
+    quantized: QuantizedModules | None = None,
+) -> "dict[str, Source | QuantizedSource]":
     """For every leaf, where it is in the checkpoint.
 
     Raises:
@@ -224,16 +247,19 @@ def find_sources(
     }
     sources = {}
     for name in module.names(config):
-        for source in _expand(name, config, tensors, module, scan_layers, expected):
+        for source in _expand(
+            name, config, tensors, module, scan_layers, expected, quantized
+        ):
             sources[source.path] = source
     for path, shape in expected.items():
         if path not in sources:
             raise ValueError(f"{folder} has no tensor for {path}")
-        _check_shape(sources[path], shape)
+        if isinstance(sources[path], Source):
+            _check_shape(sources[path], shape)
     return sources
 
 
-def _expand(name, config, tensors, module, scan_layers, expected):
+def _expand(name, config, tensors, module, scan_layers, expected, quantized):
     """The sources of one row of the table, one per layer unless scanned."""
     layers = range(config.layers) if "{layer}" in name.path else range(1)
     experts = range(config.experts) if "{expert}" in name.hf else range(1)
@@ -243,11 +269,30 @@ def _expand(name, config, tensors, module, scan_layers, expected):
         path = path.format(layer=group[0])
         if path not in expected:
             continue
-        numbers = itertools.product(group, experts)
-        found = tuple(_find(name, tensors, module.PREFIX, i, e) for i, e in numbers)
+        numbers = list(itertools.product(group, experts))
         lead = (len(group),) if stacked else ()
         lead += (len(experts),) if "{expert}" in name.hf else ()
+        if quantized is not None and name.transpose and name.hf.endswith(".weight"):
+            names = (_modules(name, module.PREFIX, i, e) for i, e in numbers)
+            takes = quantized.takes(path, names)
+            if takes:
+                yield QuantizedSource(
+                    path,
+                    takes,
+                    lead,
+                    int("{expert}" in name.hf),
+                    expected[path],
+                    quantized.reader,
+                )
+                continue
+        found = tuple(_find(name, tensors, module.PREFIX, i, e) for i, e in numbers)
         yield Source(path, found, lead, name.transpose)
+
+
+def _modules(name: Name, prefix: str, layer: int, expert: int) -> list[str]:
+    """The names under which checkpoints keep the module of a weight."""
+    wanted = name.hf.format(layer=layer, expert=expert)
+    return [each.removesuffix(".weight") for each in spellings(wanted, prefix)]
 
 
 def _find(

@@ -1,7 +1,8 @@
 """Whether a Hugging Face checkpoint is one that can be loaded as it is.
 
 A checkpoint that another library quantized keeps its scales in tensors that no float
-model has: read as if it were float it would give wrong numbers, so it is refused.
+model has: read as if it were float it would give wrong numbers, so that a format that
+has no reader (`qjax/io/quantized.py`) is refused.
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.io.quantized import READERS
 from qjax.io.shards import DTYPES, Tensor
 from qjax.trace.control import QuantizationWarning
 
@@ -27,21 +29,26 @@ HARMLESS_IF_TIED = re.compile(r"^lm_head\.weight$")
 HARMLESS_IN_BERT = re.compile(r"^cls\.")
 
 
-def check_config(raw: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a configuration of a checkpoint that is quantized already.
+def check_config(raw: Mapping[str, Any], folder: Path, quantized: bool = False) -> None:
+    """Refuse a configuration of a checkpoint in a quantized format that is not read.
+
+    Args:
+      raw: the configuration.
+      folder: where it is, for the message.
+      quantized: whether there is a reader for its `quantization_config`.
 
     Raises:
       ValueError: naming the field.
     """
     for field in QUANTIZED_FIELDS:
         found = raw.get(field)
-        if found is None:
+        if found is None or (quantized and field == "quantization_config"):
             continue
         how = found.get("quant_method", found) if isinstance(found, Mapping) else found
         raise ValueError(
             f"{folder / 'config.json'}: {field} says that the weights are quantized "
             f"already ({how}), but only float checkpoints are supported: "
-            + ", ".join(FLOATS)
+            f"{', '.join(FLOATS)}; and those of {', '.join(READERS)}"
         )
 
 

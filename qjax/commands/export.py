@@ -1,0 +1,55 @@
+"""`qjax export`: a quantized model as a folder that other libraries load."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from qjax.commands.inputs import open_model
+from qjax.commands.output import wide_console
+from qjax.io.checkpoint import MANIFEST, read_manifest
+from qjax.io.export import export
+
+Format = Literal["compressed-tensors", "gptq", "gptq-v2", "awq", "bitsandbytes"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a quantized model for vLLM, transformers and others.
+
+    OUT holds safetensors, the configuration that says how they are quantized, tokenizer
+    and model card; it appears when all of it is written.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A folder that `qjax quantize` wrote, or a quantized Hugging Face folder or id."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The folder to write; it must not exist."""
+    format: Format = "compressed-tensors"
+    """The checkpoint format."""
+    shard_gb: float = 5.0
+    """The most GB (10^9 bytes) in one file of weights."""
+
+    def run(self) -> None:
+        """Read, write, and say where it is."""
+        model = open_model(self.model)
+        recipe, base = _origin(model.folder)
+        export(
+            self.out,
+            model.params,
+            model=model.folder,
+            format=self.format,
+            recipe=recipe,
+            base=base or model.name,
+            shard_bytes=int(self.shard_gb * 10**9),
+        )
+        wide_console().print(f"wrote {self.out} ({self.format})")
+
+
+def _origin(folder: Path) -> tuple[Any, str | None]:
+    """What made a folder of ours, and from which model."""
+    if not (folder / MANIFEST).is_file():
+        return None, None
+    body = read_manifest(folder)
+    return body["recipe"], body["metadata"].get("model")

@@ -1,0 +1,147 @@
+"""bitsandbytes: exports run in torch, its own checkpoints run here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qjax.core.formats import Codebook, Int, group, token
+from qjax.core.qtensor import Activation, SiteActs
+from qjax.io.export import export
+from qjax.io.huggingface import load_weights
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning"),
+]
+DOWN = "model.layers.1.mlp.down_proj."
+NARROW = Int(8, token(), scale_rule="narrow")
+FORMATS = {
+    "nf4": Codebook("nf4", group(64)),
+    "fp4": Codebook("fp4", group(64)),
+    "nf4_double": Codebook("nf4", group(64), double_quant=256),
+    "fp4_wide": Codebook("fp4", group(32), double_quant=256),
+}
+
+
+def int8(small: Any, threshold: float | None = 6.0) -> Any:
+    activation = Activation(NARROW, outliers=threshold)
+    return small.quantized(
+        Int(8, scale_rule="narrow"), lambda w: SiteActs(activation=activation)
+    )
+
+
+def torch_logits(folder: Path, tokens: np.ndarray, **options: Any) -> Any:
+    """The logits, and the model."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    for module in model.modules():
+        # Where the processor has it, 4-bit weights are multiplied in bfloat16.
+        module.support_avx512bf16_for_cpu = False
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens).long()).logits.float().numpy()
+    return logits, model
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_4_bits_and_back(small: Any, tmp_path: Path, name: str):
+    qparams = small.quantized(FORMATS[name])
+    out = export(tmp_path / "out", qparams, model=small.folder, format="bitsandbytes")
+    _, back, _ = load_weights(out, scan_layers=True)
+    assert jax.tree.structure(back) == jax.tree.structure(qparams)
+    jax.tree.map(np.testing.assert_array_equal, back, qparams)
+    found, _ = torch_logits(out, small.tokens)
+    expected = small.logits(qparams)
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_their_4_bits_give_their_logits(
+    small: Any, tmp_path: Path, kind: str, double: bool
+):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double
+    )
+    expected, model = torch_logits(
+        small.folder, small.tokens, quantization_config=config
+    )
+    model.save_pretrained(tmp_path)
+    _, qparams, _ = load_weights(tmp_path, scan_layers=True)
+    found = small.logits(qparams)
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_8_bits_and_back(small: Any, tmp_path: Path):
+    qparams = int8(small)
+    out = export(tmp_path / "out", qparams, model=small.folder, format="bitsandbytes")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["llm_int8_threshold"] == 6.0
+    _, back, _ = load_weights(out, scan_layers=True)
+    assert jax.tree.structure(back) == jax.tree.structure(qparams)
+    # The file holds the largest magnitude, 127 times the scale.
+    close = partial(np.testing.assert_allclose, rtol=2e-7)
+    jax.tree.map(close, back, qparams)
+
+
+CANNOT = {
+    "groups": Codebook("nf4", group(16)),
+    "levels": Codebook((-1.0, 0.0, 1.0), group(64)),
+    "integers": Int(4, group(32)),
+    "rows that end inside a block": Codebook("nf4", group(128)),
+    "8 bits with float inputs": Int(8),
+}
+
+
+@pytest.mark.parametrize("what", CANNOT)
+def test_what_it_cannot_hold_is_refused_by_leaf(small: Any, tmp_path: Path, what: str):
+    with pytest.raises(ValueError, match=r"^layers/0/attn/\w+/kernel .*bitsandbytes"):
+        export(
+            tmp_path / "out",
+            small.quantized(CANNOT[what]),
+            model=small.folder,
+            format="bitsandbytes",
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def damage(found: Any, state: Any) -> dict[str, Any]:
+    """Tensors with a change to one quantization state."""
+    name = DOWN + "weight.quant_state.bitsandbytes__nf4"
+    held = json.loads(found[name].tobytes()) | state
+    text = json.dumps(held).encode()
+    return {**found, name: np.frombuffer(text, np.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("config", "state", "message"),
+    [
+        ({"turbo": 1}, {}, "'turbo' is unknown"),
+        ({"load_in_8bit": True}, {}, "one of them must be true"),
+        ({"bnb_4bit_quant_storage": "bfloat16"}, {}, "quant_storage is 'bfloat16'"),
+        ({"llm_int8_threshold": "high"}, {}, "threshold is 'high'"),
+        ({}, {"blocksize": 63}, "the quantization state says blocks of 63"),
+        ({}, {"shape": [128, 64]}, r"shape \[128, 64\]; config\.json asks for"),
+    ],
+)
+def test_options_that_are_not_supported_are_named(
+    small: Any, tmp_path: Path, config: Any, state: Any, message: str
+):
+    qparams = small.quantized(FORMATS["nf4"])
+    out = export(tmp_path / "out", qparams, model=small.folder, format="bitsandbytes")
+    raw = json.loads((out / "config.json").read_text())
+    raw["quantization_config"] |= config
+    (out / "config.json").write_text(json.dumps(raw))
+    found = load_file(out / "model.safetensors")
+    save_file(damage(found, state), out / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as error:
+        load_weights(out)
+    assert "\n" not in str(error.value)
