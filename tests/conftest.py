@@ -1,7 +1,9 @@
 """Eight host devices, no network, repeatable examples, and a tiny Llama."""
 
+import gc
 import json
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -28,11 +30,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("qjax")
 
 
+MAPS = Path("/proc/self/maps")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiler(request):
     """XLA as users run it where a file asks for it, else without optimizations."""
     wanted = request.node.get_closest_marker("optimized") is not None
     jax.config.update("jax_disable_most_optimizations", not wanted)
+    yield
+    # Every program that is kept maps memory; LLVM crashes when Linux gives a process no
+    # more maps (65,530).
+    if MAPS.exists() and MAPS.read_text().count("\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import qjax
@@ -15,8 +16,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_examples_run(tmp_path: Path, monkeypatch):
-    code, calibrated = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    named = re.compile(r'load_model\("[^"]+"\)')
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code, calibrated, exported, trained = blocks
+    named = re.compile(r'load_model\("Qwen[^"]+"\)')
     assert named.search(code)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -29,3 +31,11 @@ def test_the_examples_run(tmp_path: Path, monkeypatch):
     assert {row.method for row in names["report"].sites} == {"GPTQ"}
     assert {row.method for row in names["report"].transforms} == {"SmoothQuant"}
     assert names["qparams"]["layers"]["0"]["attn"]["q_proj"]["kernel"].acts
+    folder = re.compile(r'model="[^"]+"')
+    exec(folder.sub(f"model={str(BUNDLED)!r}", exported), names)
+    before = qjax.apply(names["f"])(names["qparams"], names["tokens"])
+    after = qjax.apply(names["f"])(names["served"], names["tokens"])
+    np.testing.assert_allclose(after, before, atol=1e-3)
+    exec(trained, names)
+    adapted = qjax.apply(names["f"])(names["base"], names["tokens"])
+    np.testing.assert_allclose(names["logits"], adapted, atol=1e-4)

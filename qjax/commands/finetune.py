@@ -43,7 +43,9 @@ class Finetune:
     """Learn a magnitude for each output feature."""
     targets: tuple[str, ...] = ()
     """Patterns of the linears to adapt (all but the head)."""
-    training: TrainingOptions = field(default_factory=TrainingOptions)
+    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(
+        default_factory=TrainingOptions
+    )
 
     def run(self) -> None:
         """Train and save."""

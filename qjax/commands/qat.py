@@ -49,7 +49,9 @@ class TrainQuantized:
     """Patterns of the weights to leave in float."""
     overwrite: bool = False
     """Replace OUT, if qjax wrote it."""
-    training: TrainingOptions = field(default_factory=TrainingOptions)
+    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(
+        default_factory=TrainingOptions
+    )
 
     def run(self) -> None:
         """Train, finalize and save."""

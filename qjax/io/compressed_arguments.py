@@ -75,7 +75,9 @@ def _check_values(owner: str, args: Mapping[str, Any]) -> None:
     valid = {
         "num_bits": (_whole(bits) and 1 <= bits <= 8, "a whole number from 1 to 8"),
         "group_size": (
-            _whole(size) and size > 0 if grouped else size is None or _whole(size),
+            _whole(size) and (size or 0) > 0
+            if grouped
+            else size is None or _whole(size),
             "a positive whole number",
         ),
         "dynamic": (dynamic in (True, False, None, "local"), "true or false"),
@@ -181,7 +183,7 @@ def input_arguments(path: str, activation: Activation | None) -> dict[str, Any] 
     # Scales of a batch are made by the reader, in its own way.
     if activation.outliers is not None or narrow or (nested and dynamic):
         raise _without_counterpart(path, kind)
-    strategies = {(None, None): "tensor"}
+    strategies: dict[tuple[int | None, int | None], str] = {(None, None): "tensor"}
     if dynamic or nested:
         strategies |= {(None, 1): "token", (rows, 1): "group" if rows else "token"}
     strategy = strategies.get((rows, cols))

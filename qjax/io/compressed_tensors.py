@@ -6,6 +6,7 @@ weights in a byte, the even one low. Scales are `[out, groups]`.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from qjax.core.formats import MX, NVFP4, Float, Int
 from qjax.core.qtensor import Activation
 from qjax.io.bits import pack_rows
 from qjax.io.compressed_arguments import input_arguments, weight_arguments
-from qjax.io.matrices import Matrix
+from qjax.io.matrices import Matrix, integer_of
 from qjax.io.modules import Linear
 
 METHOD = "compressed-tensors"
@@ -78,7 +79,7 @@ def _format_name(format: Any, activation: Activation | None) -> str:
 
 def _packed(matrix: Matrix) -> Tensors:
     K, N = matrix.shape
-    if matrix.part.scale.size == 1 and not matrix.part.format.symmetric:
+    if matrix.part.scale.size == 1 and not matrix.integer.symmetric:
         raise ValueError(
             f"{matrix.path} has one zero point for all weights, which "
             "compressed-tensors does not pack"
@@ -88,7 +89,7 @@ def _packed(matrix: Matrix) -> Tensors:
         "weight_scale": _scale(matrix),
         "weight_shape": np.array([N, K], np.int64),
     }
-    if not matrix.part.format.symmetric:
+    if not matrix.integer.symmetric:
         zeros = matrix.zeros()
         tensors["weight_zero_point"] = pack_rows(zeros, matrix.bits).T
     if matrix.order is not None and matrix.group is not None:
@@ -97,9 +98,9 @@ def _packed(matrix: Matrix) -> Tensors:
 
 
 def _whole(matrix: Matrix) -> Tensors:
-    half = matrix.part.format.half
+    half = matrix.integer.half
     tensors = {"weight": _signed(matrix.codes(), half), "weight_scale": _scale(matrix)}
-    if not matrix.part.format.symmetric:
+    if not matrix.integer.symmetric:
         tensors["weight_zero_point"] = _signed(matrix.zeros(), half).T
     return tensors
 
@@ -155,12 +156,12 @@ def _input_tensors(matrix: Matrix) -> Tensors:
         return {"input_global_scale": acts.global_scale.reshape(1)}
     tensors = {"input_scale": acts.scale.reshape(1)}
     if acts.zero is not None:
-        zero = _signed(acts.zero.reshape(1), activation.format.half)
+        zero = _signed(acts.zero.reshape(1), integer_of(activation.format).half)
         tensors["input_zero_point"] = zero
     return tensors
 
 
-def config(modules: list[Linear]) -> dict[str, Any]:
+def config(modules: Sequence[Linear]) -> dict[str, Any]:
     """`quantization_config` of the linears, quantized or not."""
     groups: dict[str, list[str]] = {}
     for module in modules:

@@ -78,7 +78,7 @@ class Writer:
             "scales": matrix.part.scale,
             "g_idx": matrix.groups(),
         }
-        symmetric = bool(matrix.part.format.symmetric)
+        symmetric = bool(matrix.integer.symmetric)
         ordered = matrix.order is not None and matrix.group is not None
         return tensors, (Scheme(matrix.bits, matrix.group or -1, symmetric), ordered)
 

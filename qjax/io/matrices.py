@@ -7,11 +7,17 @@ import jax
 import numpy as np
 
 from qjax.core.coded import Coded
-from qjax.core.formats import Int
+from qjax.core.formats import Format, Int
 from qjax.core.layout import Layout
 from qjax.core.qtensor import Activation, QTensor, SiteActs
 from qjax.core.transforms import Permutation
 from qjax.io.bits import pack_rows, unpack_rows
+
+
+def integer_of(format: Format) -> Int:
+    """A format that is known to be of integers."""
+    assert isinstance(format, Int), format
+    return format
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class Matrix:
     def activation(self) -> Activation | None:
         """How the input is coded."""
         return self.acts.activation
+
+    @property
+    def integer(self) -> Int:
+        """The format of codes that are integers."""
+        return integer_of(self.part.format)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -92,8 +92,8 @@ def _at(leaf: Any, index: tuple[int, ...]) -> Any:
     if is_quantized(leaf):
         return jax.tree.map(lambda x: x[index], leaf)
     if hasattr(leaf, "read"):
-        whole = not index or leaf.read_layer is None
+        one = leaf.read_layer if index else None
         leaf, index = (
-            (leaf.read(), index) if whole else (leaf.read_layer(index[0]), index[1:])
+            (leaf.read(), index) if one is None else (one(index[0]), index[1:])
         )
     return np.asarray(leaf)[index]

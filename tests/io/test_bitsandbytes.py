@@ -1,6 +1,7 @@
 """bitsandbytes: exports run in torch, its own checkpoints run here."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qjax.io.export import export
 from qjax.io.huggingface import load_weights
 
 pytestmark = [
+    pytest.mark.optimized,
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning"),
 ]

@@ -29,6 +29,7 @@ from qjax.io.export import export
 from qjax.io.huggingface import load_weights
 
 pytestmark = [
+    pytest.mark.optimized,
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
 ]

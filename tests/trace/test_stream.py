@@ -11,6 +11,8 @@ from qjax.core.layout import Layout
 from qjax.core.lazy import LazyLeaf
 from qjax.core.qtensor import QTensor
 
+pytestmark = pytest.mark.optimized
+
 
 def test_activations_on_the_host(kit):
     f, params = kit.model("llama", scan_layers=True)
