@@ -36,8 +36,10 @@ MAPS = Path("/proc/self/maps")
 @pytest.fixture(autouse=True, scope="module")
 def compiler(request):
     """XLA as users run it where a file asks for it, else without optimizations."""
-    wanted = request.node.get_closest_marker("optimized") is not None
-    jax.config.update("jax_disable_most_optimizations", not wanted)
+    quick = request.node.get_closest_marker("optimized") is None
+    if jax.config.read("jax_disable_most_optimizations") != quick:
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()  # of programs that were compiled the other way
     yield
     # Every program that is kept maps memory; LLVM crashes when Linux gives a process no
     # more maps (65,530).
