@@ -15,29 +15,21 @@ weights that earlier steps have moved). Everything else is GPTQ's.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Array, Float
 
-from qjax.core.coded import pack_codes
-from qjax.core.formats import Format
-from qjax.core.qtensor import Activation
-from qjax.core.ranges import MINMAX_RANGE, check_calibrator
-from qjax.core.scales import MINMAX, MSE, Search
 from qjax.core.statistics import Cross, Hessian, Statistic
-from qjax.core.sweep import ORDERS, Sweep, columns_alone, sweep
-from qjax.core.transforms import Permutation
-from qjax.methods.base import Solution, check_patterns, positive_integer, within
-from qjax.schemes import Scheme, scheme
+from qjax.methods.base import Solution, within
+from qjax.methods.shared import Sweeping
 
 
 @dataclass(frozen=True)
-class GPTAQ:
+class GPTAQ(Sweeping):
     """GPTAQ.
 
     Args:
-      alpha: how much of the drift is made up for, in (0, 1]; 0.25, as in GPTQModel.
       scheme: a named pair of formats; "W4A16" is the default.
       weights: a weight format, in place of a scheme.
       activations: how the input of the contraction is coded, beside `weights`.
@@ -49,6 +41,7 @@ class GPTAQ:
         changes no code.
       act_order: which feature is rounded first, one of GPTQ's orders.
       importance: weigh the error of an `MSE` search by `E[x^2]` (imatrix).
+      alpha: how much of the drift is made up for, in (0, 1]; 0.25, as in GPTQModel.
       targets: patterns of the sites to take; None takes all but the head, routers and
         embeddings.
       ignore: patterns of the sites to leave.
@@ -59,74 +52,11 @@ class GPTAQ:
         TypeError: `calibrator` is none.
     """
 
-    alpha: float | int = 0.25
-    scheme: str | None = None
-    weights: Format | None = None
-    activations: Activation | None = None
-    calibrator: Any = None
-    search: Search = MINMAX
-    damping: float | int = 0.01
-    block_size: int = 128
-    act_order: str | None = "static"
-    importance: bool = False
-    targets: str | tuple[str, ...] | None = None
-    ignore: str | tuple[str, ...] = ()
+    alpha: float | int = field(default=0.25, kw_only=True)
 
     def __post_init__(self):
-        check_patterns("GPTAQ", self.targets, self.ignore)
         within("GPTAQ", "alpha", self.alpha, 0, 1)
-        within("GPTAQ", "damping", self.damping, 0, 100)
-        positive_integer("GPTAQ", "block_size", self.block_size)
-        if self.act_order not in (None, *ORDERS):
-            raise ValueError(
-                f"GPTAQ.act_order must be None or one of {ORDERS}, "
-                f"got {self.act_order!r}"
-            )
-        if self.importance and not isinstance(self.search, MSE):
-            raise ValueError(
-                "GPTAQ.importance needs a search that measures an error, "
-                f"GPTAQ.search=MSE(), got {self.search!r}"
-            )
-        self._check_formats()
-
-    def _check_formats(self):
-        given = [f for f in ("weights", "activations") if getattr(self, f) is not None]
-        if self.scheme is not None and given:
-            raise ValueError(
-                f"GPTAQ.scheme {self.scheme!r} already says the formats; leave out "
-                f"{' and '.join(given)}"
-            )
-        if given == ["activations"]:
-            raise ValueError("GPTAQ.activations needs GPTAQ.weights beside it")
-        static = self.activation is not None and not self.activation.dynamic
-        if self.calibrator is not None and not static:
-            raise ValueError(
-                f"GPTAQ.calibrator {self.calibrator!r} has nothing to calibrate: no "
-                "activation range is static; leave it out"
-            )
-        check_calibrator("GPTAQ", self.calibrator or MINMAX_RANGE, self.activation)
-
-    @property
-    def formats(self) -> Scheme:
-        """The pair of formats."""
-        if self.weights is not None:
-            return Scheme(self.weights, self.activations)
-        return scheme(self.scheme or "W4A16")
-
-    @property
-    def format(self) -> Format:
-        """How the weights are stored."""
-        return self.formats.weights
-
-    @property
-    def activation(self) -> Activation | None:
-        """How the input of the contraction is coded."""
-        return self.formats.activations
-
-    @property
-    def random(self) -> bool:
-        """GPTAQ draws no random numbers."""
-        return False
+        super().__post_init__()
 
     @property
     def statistics(self) -> dict[str, Statistic]:
@@ -138,31 +68,8 @@ class GPTAQ:
         """The full-precision input is what the drift is measured against."""
         return True
 
-    @property
-    def shared(self) -> bool:
-        """Whether columns are independent."""
-        return columns_alone(self.format)
-
-    @property
-    def sweep(self) -> Sweep:
-        """How a matrix is swept."""
-        return Sweep(
-            self.format,
-            self.search,
-            float(self.damping),
-            self.block_size,
-            self.act_order or "off",
-            self.importance,
-        )
-
     def solve_site(
         self, w: Float[Array, "K N"], stats: Mapping[str, Any], key: Any = None
     ) -> Solution:
         """The coded weights, in one part; `t_in` where groups were formed in order."""
-        found = sweep(
-            w, stats["hessian"], self.sweep, stats["cross"], float(self.alpha)
-        )
-        part = pack_codes(found.codes, found.grid, self.format, w.shape)
-        order = found.permutation
-        t_in = None if order is None else Permutation(order)
-        return Solution((part,), t_in=t_in, notes=found.notes)
+        return self.swept(w, stats["hessian"], stats["cross"], self.alpha)

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from qjax.core.formats import Format
 from qjax.core.hessian import factorize, solve
 from qjax.core.qtensor import Activation
 from qjax.core.statistics import Cross, Hessian, Statistic
 from qjax.core.sweep import columns_alone
-from qjax.methods.base import Calibrated, DataFree, Solution, within
+from qjax.methods.base import Calibrated, Solution, within
+from qjax.methods.shared import Around
 
 
 def corrected(
@@ -47,7 +47,7 @@ def corrected(
 
 
 @dataclass(frozen=True)
-class QEP:
+class QEP(Around):
     """A correction of the weights for the drift of their input, before any method.
 
     Patterns, formats and the rest are those of `then`.
@@ -63,18 +63,13 @@ class QEP:
         TypeError: `then` quantizes no weights.
     """
 
-    then: Any
     strength: float | int = 0.5
     damping: float | int = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
         within("QEP", "strength", self.strength, 0, 1)
         within("QEP", "damping", self.damping, 0, 1000)
-        if not isinstance(self.then, (DataFree, Calibrated)):
-            raise TypeError(
-                "QEP.then must be a method that quantizes weights, such as RTN(), "
-                f"got {self.then!r}"
-            )
         if isinstance(self.then, Calibrated) and self.then.full_precision:
             raise ValueError(
                 f"QEP.then is {self.then!r}, which makes up for the drift of its input "
@@ -82,24 +77,9 @@ class QEP:
             )
 
     @property
-    def targets(self) -> Any:
-        """Patterns of the sites to take."""
-        return self.then.targets
-
-    @property
-    def ignore(self) -> Any:
-        """Patterns of the sites to leave."""
-        return self.then.ignore
-
-    @property
     def calibrator(self) -> Any:
         """How static activation ranges are found."""
         return getattr(self.then, "calibrator", None)
-
-    @property
-    def format(self) -> Format:
-        """How the weights are stored."""
-        return self.then.format
 
     @property
     def activation(self) -> Activation | None:
@@ -107,15 +87,9 @@ class QEP:
         return self.then.activation
 
     @property
-    def random(self) -> bool:
-        """Whether a key is needed."""
-        return self.then.random
-
-    @property
     def statistics(self) -> dict[str, Statistic]:
         """The Hessian, how far the input has drifted, and what `then` needs."""
-        more = self.then.statistics if isinstance(self.then, Calibrated) else {}
-        return {**more, "hessian": Hessian(), "cross": Cross()}
+        return {**self.needed, "hessian": Hessian(), "cross": Cross()}
 
     @property
     def full_precision(self) -> bool:
@@ -136,7 +110,5 @@ class QEP:
         hessian, cross = stats["hessian"], stats["cross"]
         strength, damping = float(self.strength), float(self.damping)
         w, notes = corrected(w, hessian, cross, strength, damping)
-        if isinstance(self.then, Calibrated):
-            found = self.then.solve_site(w, stats, key)
-            return replace(found, notes={**found.notes, **notes})
-        return Solution(self.then.solve(w, key), notes=notes)
+        found = self.solve_then(w, stats, key)
+        return replace(found, notes={**found.notes, **notes})

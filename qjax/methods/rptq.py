@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from qjax.core.formats import Format, Int, block
+from qjax.core.formats import Int, block
 from qjax.core.qtensor import Activation
 from qjax.core.scales import Grid
 from qjax.core.statistics import Interval, Range, Statistic
 from qjax.core.transforms import Permutation, chained
-from qjax.methods.base import Calibrated, DataFree, Solution, positive_integer
+from qjax.methods.base import Calibrated, Solution, positive_integer
+from qjax.methods.shared import Around
 
 
 def distances(
@@ -120,7 +121,7 @@ def reordered(statistics: Any, index: Int32[Array, " K"]) -> Any:
 
 
 @dataclass(frozen=True)
-class RPTQ:
+class RPTQ(Around):
     """Static activations in clusters of features; the weights by another method.
 
     Patterns and the weights' format are those of `then`.
@@ -138,23 +139,18 @@ class RPTQ:
         TypeError: `then` quantizes no weights.
     """
 
-    then: Any
     activation_bits: int = 8
     clusters: int = 32
     rounds: int = 50
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("activation_bits", "clusters", "rounds"):
             positive_integer("RPTQ", name, getattr(self, name))
         if self.activation_bits > 8:
             raise ValueError(
                 "RPTQ.activation_bits must be a whole number from 1 to 8, "
                 f"got {self.activation_bits!r}"
-            )
-        if not isinstance(self.then, (DataFree, Calibrated)):
-            raise TypeError(
-                "RPTQ.then must be a method that quantizes weights, such as "
-                f"RTN(weights=Int(4)), got {self.then!r}"
             )
         if self.then.activation is not None:
             raise ValueError(
@@ -163,24 +159,9 @@ class RPTQ:
             )
 
     @property
-    def targets(self) -> Any:
-        """Patterns of the sites to take."""
-        return self.then.targets
-
-    @property
-    def ignore(self) -> Any:
-        """Patterns of the sites to leave."""
-        return self.then.ignore
-
-    @property
     def calibrator(self) -> None:
         """None: the solver finds the static ranges itself."""
         return None
-
-    @property
-    def format(self) -> Format:
-        """How the weights are stored."""
-        return self.then.format
 
     @property
     def activation(self) -> Activation:
@@ -189,15 +170,9 @@ class RPTQ:
         return Activation(format, dynamic=False)
 
     @property
-    def random(self) -> bool:
-        """Whether a key is needed."""
-        return self.then.random
-
-    @property
     def statistics(self) -> dict[str, Statistic]:
         """The range of each feature, and what `then` needs."""
-        more = self.then.statistics if isinstance(self.then, Calibrated) else {}
-        return {**more, "range": Range()}
+        return {**self.needed, "range": Range()}
 
     @property
     def full_precision(self) -> bool:
@@ -220,7 +195,8 @@ class RPTQ:
         assert isinstance(format, Int)
         grid = cluster_grid(seen.low, seen.high, labels, clusters, format)
         index = jnp.argsort(labels).astype(jnp.int32)
-        found = self._then(w[index], stats, index, key)
+        own = {name: reordered(stats[name], index) for name in self.needed}
+        found = self.solve_then(w[index], own, key)
         grid = jax.tree.map(lambda x: x[index], grid)
         if found.t_in is not None:
             grid = jax.tree.map(lambda x: x[_order(found.t_in)], grid)
@@ -232,12 +208,6 @@ class RPTQ:
             zero=grid.zero,
             notes={**found.notes, "clusters": used},
         )
-
-    def _then(self, w: Any, stats: Mapping[str, Any], index: Any, key: Any) -> Solution:
-        if not isinstance(self.then, Calibrated):
-            return Solution(self.then.solve(w, key))
-        own = {name: reordered(stats[name], index) for name in self.then.statistics}
-        return self.then.solve_site(w, own, key)
 
 
 def _order(t_in: Any) -> Any:

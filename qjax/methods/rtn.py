@@ -11,16 +11,12 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from qjax.core.coded import Coded, encode
-from qjax.core.formats import Format
-from qjax.core.qtensor import Activation
-from qjax.core.ranges import MINMAX_RANGE, check_calibrator
 from qjax.core.scales import MINMAX, MSE, AbsMax, MinMax, Percentile, Search
-from qjax.methods.base import check_patterns
-from qjax.schemes import Scheme, scheme
+from qjax.methods.shared import Formatted
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(Formatted):
     """Round to nearest.
 
     Args:
@@ -41,17 +37,11 @@ class RTN:
         TypeError: `calibrator` is none.
     """
 
-    scheme: str | None = None
-    weights: Format | None = None
-    activations: Activation | None = None
     search: Search = MINMAX
     rounding: str = "nearest"
-    calibrator: Any = None
-    targets: str | tuple[str, ...] | None = None
-    ignore: str | tuple[str, ...] = ()
 
     def __post_init__(self):
-        check_patterns("RTN", self.targets, self.ignore)
+        super().__post_init__()
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(
                 f'RTN.rounding must be "nearest" or "stochastic", got {self.rounding!r}'
@@ -61,45 +51,6 @@ class RTN:
                 "RTN.search must be MinMax, AbsMax, Percentile or MSE, "
                 f"got {self.search!r}"
             )
-        self._check_formats()
-
-    def _check_formats(self):
-        given = [f for f in ("weights", "activations") if getattr(self, f) is not None]
-        if self.scheme is not None and given:
-            raise ValueError(
-                f"RTN.scheme {self.scheme!r} already says the formats; leave out "
-                f"{' and '.join(given)}"
-            )
-        if given == ["activations"]:
-            raise ValueError("RTN.activations needs RTN.weights beside it")
-        self._check_calibrator()
-
-    def _check_calibrator(self):
-        static = self.activation is not None and not self.activation.dynamic
-        if self.calibrator is not None and not static:
-            raise ValueError(
-                f"RTN.calibrator {self.calibrator!r} has nothing to calibrate: no "
-                "activation range is static; leave it out, or take a static one such "
-                'as scheme="FP8"'
-            )
-        check_calibrator("RTN", self.calibrator or MINMAX_RANGE, self.activation)
-
-    @property
-    def formats(self) -> Scheme:
-        """The pair of formats."""
-        if self.weights is not None:
-            return Scheme(self.weights, self.activations)
-        return scheme(self.scheme or "W4A16")
-
-    @property
-    def format(self) -> Format:
-        """How the weights are stored."""
-        return self.formats.weights
-
-    @property
-    def activation(self) -> Activation | None:
-        """How the input of the contraction is coded."""
-        return self.formats.activations
 
     @property
     def random(self) -> bool:

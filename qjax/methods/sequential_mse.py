@@ -17,7 +17,7 @@ the quantized model's inputs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,12 +29,10 @@ from qjax.core.coded import pack_codes
 from qjax.core.formats import Binary, Format, Granularity, Ternary
 from qjax.core.granularity import spread, to_blocks
 from qjax.core.hessian import mean_unit
-from qjax.core.qtensor import Activation
-from qjax.core.ranges import MINMAX_RANGE, check_calibrator
 from qjax.core.statistics import Hessian, Statistic
-from qjax.core.sweep import columns_alone, settled, whole_grid
-from qjax.methods.base import Solution, check_patterns, positive_integer
-from qjax.schemes import Scheme, scheme
+from qjax.core.sweep import settled, whole_grid
+from qjax.methods.base import Solution, positive_integer
+from qjax.methods.shared import FromStatistics
 
 
 def choose_factors(
@@ -116,7 +114,7 @@ def _product(a: Any, b: Any) -> Array:
 
 
 @dataclass(frozen=True)
-class SequentialMSE:
+class SequentialMSE(FromStatistics):
     """Round to nearest on the ranges of least output error.
 
     Args:
@@ -135,81 +133,21 @@ class SequentialMSE:
         TypeError: `calibrator` is none.
     """
 
-    scheme: str | None = None
-    weights: Format | None = None
-    activations: Activation | None = None
-    calibrator: Any = None
-    candidates: int = 20
-    targets: str | tuple[str, ...] | None = None
-    ignore: str | tuple[str, ...] = ()
+    candidates: int = field(default=20, kw_only=True)
 
     def __post_init__(self):
-        check_patterns("SequentialMSE", self.targets, self.ignore)
+        super().__post_init__()
         positive_integer("SequentialMSE", "candidates", self.candidates)
-        self._check_formats()
         if isinstance(self.format, (Binary, Ternary)) or whole_grid(self.format):
             raise ValueError(
                 f"SequentialMSE cannot choose ranges of {self.format.name}, whose "
                 "blocks do not have one each; take a format such as Int(4, group(128))"
             )
 
-    def _check_formats(self):
-        given = [f for f in ("weights", "activations") if getattr(self, f) is not None]
-        if self.scheme is not None and given:
-            raise ValueError(
-                f"SequentialMSE.scheme {self.scheme!r} already says the formats; "
-                f"leave out {' and '.join(given)}"
-            )
-        if given == ["activations"]:
-            raise ValueError(
-                "SequentialMSE.activations needs SequentialMSE.weights beside it"
-            )
-        static = self.activation is not None and not self.activation.dynamic
-        if self.calibrator is not None and not static:
-            raise ValueError(
-                f"SequentialMSE.calibrator {self.calibrator!r} has nothing to "
-                "calibrate: no activation range is static; leave it out"
-            )
-        check_calibrator(
-            "SequentialMSE", self.calibrator or MINMAX_RANGE, self.activation
-        )
-
-    @property
-    def formats(self) -> Scheme:
-        """The pair of formats."""
-        if self.weights is not None:
-            return Scheme(self.weights, self.activations)
-        return scheme(self.scheme or "W4A16")
-
-    @property
-    def format(self) -> Format:
-        """How the weights are stored."""
-        return self.formats.weights
-
-    @property
-    def activation(self) -> Activation | None:
-        """How the input of the contraction is coded."""
-        return self.formats.activations
-
-    @property
-    def random(self) -> bool:
-        """Sequential MSE draws no random numbers."""
-        return False
-
     @property
     def statistics(self) -> dict[str, Statistic]:
         """The Hessian."""
         return {"hessian": Hessian()}
-
-    @property
-    def full_precision(self) -> bool:
-        """The quantized stream is enough."""
-        return False
-
-    @property
-    def shared(self) -> bool:
-        """Whether columns are independent."""
-        return columns_alone(self.format)
 
     def solve_site(
         self, w: Float[Array, "K N"], stats: Mapping[str, Any], key: Any = None

@@ -56,7 +56,7 @@ def test_comes_nearer_to_the_full_precision_output(alpha, share):
     for seed in range(4):
         full, x = streams(seed)
         stats = statistics(full, x)
-        _, _, ours = solve(GPTAQ(alpha, weights=INT3), w, stats)
+        _, _, ours = solve(GPTAQ(alpha=alpha, weights=INT3), w, stats)
         _, _, plain = solve(GPTQ(weights=INT3), w, stats)
         assert loss(w, ours, full, x) < share * loss(w, plain, full, x)
 
@@ -114,7 +114,7 @@ def test_statistics_that_are_not_finite_move_no_target_and_are_noted(broken):
 def test_every_order_gains(order):
     full, x = streams()
     w, stats = weights(), statistics(full, x)
-    _, _, ours = solve(GPTAQ(1.0, weights=INT3, act_order=order), w, stats)
+    _, _, ours = solve(GPTAQ(alpha=1.0, weights=INT3, act_order=order), w, stats)
     _, _, plain = solve(GPTQ(weights=INT3, act_order=order), w, stats)
     assert loss(w, ours, full, x) < 0.97 * loss(w, plain, full, x)
 
@@ -128,4 +128,4 @@ def test_asks_for_the_full_precision_stream():
 @pytest.mark.parametrize("alpha", [0, 1.5, -0.25])
 def test_bad_alpha_is_refused(alpha):
     with pytest.raises(ValueError, match=r"GPTAQ\.alpha"):
-        GPTAQ(alpha)
+        GPTAQ(alpha=alpha)
