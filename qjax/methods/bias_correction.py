@@ -37,13 +37,15 @@ def coded_mean_term(
 ) -> Float32[Array, " K"]:
     """`sum_m weight_m x_q[m]` of a batch, coded with the batch's own scales."""
     x = jnp.where(weight[:, None] > 0, x, jnp.zeros((), x.dtype))
-    kept = jnp.zeros((), x.dtype)
+    kept, below = jnp.zeros((), x.dtype), x
     if activation.outliers is not None:
-        reach = jnp.abs(x) >= jnp.asarray(activation.outliers, x.dtype)
-        outlier = jnp.any(reach, axis=0, keepdims=True)
+        reaches = jnp.abs(x) >= jnp.asarray(activation.outliers, x.dtype)
+        outlier = jnp.any(reaches, axis=0, keepdims=True)
+        below = jnp.where(reaches, kept, x)
         x, kept = jnp.where(outlier, kept, x), jnp.where(outlier, x, kept)
     format = activation.format
-    coded = format.from_codes(format.to_codes(x.T, format.fit(x.T)), format.fit(x.T))
+    grid = format.fit(below.T)
+    coded = format.from_codes(format.to_codes(x.T, grid), grid)
     return weight.astype(jnp.float32) @ (coded.T + kept.astype(jnp.float32))
 
 

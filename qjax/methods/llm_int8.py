@@ -6,13 +6,12 @@ Weights have one scale for each output feature, activations one for each token (
 `absmax / 127`, equation 7), and features with a magnitude of at least `threshold`
 anywhere in the batch are contracted in float with the decoded weights (equation 8).
 
-Differences from the reference implementation (package `bitsandbytes`): a token's scale
-is taken over the features that are coded, as in the paper, where the reference leaves
-out only the outliers themselves and lets the small values of an outlier feature widen
-it; the float part has the dtype of the activation, where the reference casts to
-float16; codes are found on the scale in the dtype in which it is stored; shapes are
-static, so that the float part is as wide as the input: what is saved is memory and
-error, not time.
+The scale of a token is that of the reference implementation (package `bitsandbytes`):
+only values that reach the threshold are left out of it, while the small values of an
+outlier feature may widen it. Differences from the reference: the float part has the
+dtype of the activation, where the reference casts to float16; codes are found on the
+scale in the dtype in which it is stored; shapes are static, so that the float part is
+as wide as the input: what is saved is memory and error, not time.
 """
 
 from dataclasses import dataclass

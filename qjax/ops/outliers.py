@@ -1,15 +1,18 @@
 """Outlier features stay in float beside int8: LLM.int8() (Dettmers et al., 2022).
 
 https://arxiv.org/abs/2208.07339, equation 8: `X W = X_O W_O + S (X_R W_R)`, with `O`
-the features that reach the threshold somewhere in the batch and `R` the others.
+the features that reach the threshold somewhere in the batch and `R` the others. The
+scales `S` of the tokens are those of bitsandbytes: taken over all values below the
+threshold, also those of the features in `O`.
 """
 
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
-from qjax.core.qtensor import SiteActs
+from qjax.core.qtensor import Activation, SiteActs
 
 
 def split_outliers(x: Any, acts: SiteActs) -> tuple[Any, Any, SiteActs]:
@@ -22,14 +25,17 @@ def split_outliers(x: Any, acts: SiteActs) -> tuple[Any, Any, SiteActs]:
 
     Returns:
       The part to be coded, the part in float (None if the site keeps no outliers), and
-      the record that codes the first.
+      the record that codes the first on the scales of this batch.
     """
     activation = acts.activation
     if activation is None or activation.outliers is None:
         return x, None, acts
-    threshold = jnp.asarray(activation.outliers, x.dtype)
-    # NaN reaches no threshold: it stays in the coded part, whose scale it marks.
-    outlier = jnp.any(jnp.abs(x) >= threshold, axis=-2, keepdims=True)
     zero = jnp.zeros((), x.dtype)
-    rest = replace(acts, activation=replace(activation, outliers=None))
+    # NaN reaches no threshold: it stays in the coded part, whose scale it marks.
+    reaches = jnp.abs(x) >= jnp.asarray(activation.outliers, x.dtype)
+    outlier = jnp.any(reaches, axis=-2, keepdims=True)
+    below = lax.stop_gradient(jnp.where(reaches, zero, x))
+    grid = activation.format.fit(jnp.swapaxes(below, -1, -2))
+    found = Activation(activation.format, dynamic=False)
+    rest = replace(acts, activation=found, scale=grid.scale, zero=grid.zero)
     return jnp.where(outlier, zero, x), jnp.where(outlier, x, zero), rest

@@ -1,11 +1,13 @@
 """bitsandbytes: exports run in torch, its own checkpoints run here."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,6 +16,7 @@ from qjax.core.formats import Codebook, Int, group, token
 from qjax.core.qtensor import Activation, SiteActs
 from qjax.io.export import export
 from qjax.io.huggingface import load_weights
+from qjax.ops import matmul
 
 pytestmark = [
     pytest.mark.optimized,
@@ -92,6 +95,92 @@ def test_8_bits_and_back(small: Any, tmp_path: Path):
     # The file holds the largest magnitude, 127 times the scale.
     close = partial(np.testing.assert_allclose, rtol=2e-7)
     jax.tree.map(close, back, qparams)
+
+
+def same_layers(model: Any, tokens: np.ndarray, qparams: Any) -> int:
+    """Every 8-bit layer gives its own output for the inputs that it had; their number.
+
+    bitsandbytes codes inputs that were brought to float16 (features with outliers keep
+    their dtype), and one code more or less changes all layers that follow: hence layer
+    by layer, and without tokens that have a value half way between two codes: theirs is
+    `x * (127 / absmax)`, ours `x / (absmax / 127)`.
+    """
+    torch = pytest.importorskip("torch")
+    compared, ties = [], []
+
+    def compare(names: list[str], layer: Any, inputs: Any, output: Any) -> None:
+        kernel = qparams["layers"][names[-2].removeprefix("self_")][names[-1]]["kernel"]
+        q = jax.tree.map(lambda a: a[int(names[2])], kernel)
+        given, x = inputs[0][0].numpy(), inputs[0][0].half().float().numpy()
+        threshold = q.acts[0].activation.outliers or np.inf
+        rounded = np.where((np.abs(x) >= threshold).any(0), given - x, 0)
+        y = np.asarray(matmul(jnp.asarray(x), q) + rounded @ q.dequantize())
+        y = y if layer.bias is None else y + layer.bias.detach().float().numpy()
+        found = output[0].detach().float().numpy()
+        tie = half_way(x, threshold)
+        slack = 2**-11 * np.abs(y).max()
+        np.testing.assert_allclose(found[~tie], y[~tie], atol=slack)
+        compared.append((np.abs(x) >= 6).any())
+        ties.append(tie.sum())
+
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.register_forward_hook(partial(compare, name.split(".")))
+    with torch.no_grad():
+        model(torch.tensor(tokens).long())
+    assert len(compared) == 14 and sum(ties) < 0.1 * 14 * tokens.size
+    return sum(compared)
+
+
+def half_way(x: np.ndarray, threshold: float) -> np.ndarray:
+    """Tokens with a value that lies between two codes, to float32."""
+    below = np.where(np.abs(x) < threshold, np.abs(x), 0).astype(np.float64)
+    codes = 127 * below / below.max(-1, keepdims=True)
+    return (np.abs(codes % 1 - 0.5) < 1e-5).any(-1)
+
+
+def spiky(folder: Path, out: Path) -> Path:
+    """The same function with inputs of the attention 40 times as large in places."""
+    out.mkdir()
+    (out / "config.json").write_text((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        name = f"model.layers.{layer}."
+        tensors[name + "input_layernorm.weight"][[3, 17]] *= 40
+        tensors[name + "post_attention_layernorm.weight"][5] *= 40
+        for linear in ("q_proj", "k_proj", "v_proj"):
+            tensors[name + f"self_attn.{linear}.weight"][:, [3, 17]] /= 40
+        for linear in ("gate_proj", "up_proj"):
+            tensors[name + f"mlp.{linear}.weight"][:, 5] /= 40
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_their_8_bits_run_here(small: Any, tmp_path: Path, threshold: float):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BitsAndBytesConfig(
+        load_in_8bit=True, llm_int8_threshold=threshold
+    )
+    folder = spiky(small.folder, tmp_path / "spiky")
+    _, model = torch_logits(folder, small.tokens, quantization_config=config)
+    model.save_pretrained(tmp_path / "theirs")
+    _, qparams, _ = load_weights(tmp_path / "theirs", scan_layers=True)
+    assert same_layers(model, small.tokens, qparams) >= 6
+
+
+@pytest.mark.parametrize("threshold", [None, 6.0])
+def test_8_bits_run_in_torch(small: Any, tmp_path: Path, threshold: float | None):
+    folder = spiky(small.folder, tmp_path / "spiky")
+    activation = Activation(NARROW, outliers=threshold)
+    _, params, _ = load_weights(folder, scan_layers=True)
+    own = replace(small, folder=folder, params=params)
+    qparams = own.quantized(
+        Int(8, scale_rule="narrow"), lambda w: SiteActs(activation=activation)
+    )
+    out = export(tmp_path / "out", qparams, model=folder, format="bitsandbytes")
+    _, model = torch_logits(out, small.tokens)
+    assert same_layers(model, small.tokens, qparams) >= 6
 
 
 CANNOT = {

@@ -112,7 +112,8 @@ def outliers_kept(x, threshold):
     """int8 per token, features that reach the threshold untouched."""
     keep = (np.abs(x) >= threshold).any(0)
     rest = np.where(keep, 0, x)
-    scale = np.abs(rest).max(1, keepdims=True) / np.float32(127.5)
+    below = np.where(np.abs(x) >= threshold, 0, x)
+    scale = np.abs(below).max(1, keepdims=True) / np.float32(127.5)
     return np.where(keep, x, np.clip(np.round(rest / scale), -128, 127) * scale)
 
 

@@ -86,16 +86,20 @@ def test_outputs_are_those_of_bitsandbytes():
     np.testing.assert_allclose(got, want.float().numpy(), rtol=2**-9, atol=slack)
 
 
-def test_a_token_is_scaled_by_the_features_that_are_coded():
-    """Equation 8; the reference lets small values of outlier features widen it."""
+def test_small_values_of_an_outlier_feature_widen_the_scale_as_in_bitsandbytes():
+    torch, functional = reference()
     x = CALM.copy() / 10
     x[:, 5] = 5.0
     x[0, 5] = 40.0
+    x = x.astype(np.float16).astype(np.float32)
+    codes, absmax, _ = functional.int8_vectorwise_quant(half(x, torch), 6.0)
     _, q = run(jnp.asarray(x))
     rest, _, acts = split_outliers(jnp.asarray(x), q.site(0))
-    scale = code_input(rest, acts).grid.scale[0]
-    want = np.abs(np.delete(x, 5, axis=1)).max(1) / 127
-    np.testing.assert_allclose(scale, want, rtol=1e-6)
+    coded = code_input(rest, acts)
+    own = np.asarray(coded.codes, np.int32).T - 128
+    np.testing.assert_array_equal(own, codes.numpy())
+    np.testing.assert_allclose(coded.grid.scale[0], absmax.numpy() / 127, rtol=1e-6)
+    assert absmax[1] == 5.0 and absmax[0] < 1
 
 
 @pytest.mark.parametrize("size", [30.0, 60.0, 100.0])

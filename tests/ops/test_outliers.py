@@ -41,7 +41,7 @@ def equation_8(x, w):
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
     outlier = (np.abs(x) >= 6).any(-2, keepdims=True)
     rest = np.where(outlier, 0, x)
-    scale = np.abs(rest).max(-1, keepdims=True) / 127
+    scale = np.abs(np.where(np.abs(x) >= 6, 0, x)).max(-1, keepdims=True) / 127
     return np.where(outlier, x, 0) @ w + np.round(rest / scale) * scale @ w
 
 
