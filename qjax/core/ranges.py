@@ -174,19 +174,29 @@ class PercentileRange:
         return range_grid(format, -top, top)
 
 
-def _check_search(owner: str, bins: int, start: int, stride: int) -> None:
-    check_bins(owner, bins)
-    for field, value, most in (("start", start, bins), ("stride", stride, bins)):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not 1 <= value <= most:
-            raise ValueError(
-                f"{owner}.{field} must be a whole number from 1 to {most} (bins), "
-                f"got {value!r}"
-            )
+@dataclass(frozen=True)
+class _Searched:
+    """A search over the bins of a histogram of `|x|`."""
+
+    bins: int = 2048
+    start: int = 128
+    stride: int = 1
+
+    def __post_init__(self):
+        owner = type(self).__name__
+        check_bins(owner, self.bins)
+        for field in ("start", "stride"):
+            value = getattr(self, field)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not 1 <= value <= self.bins:
+                raise ValueError(
+                    f"{owner}.{field} must be a whole number from 1 to {self.bins} "
+                    f"(bins), got {value!r}"
+                )
 
 
 @dataclass(frozen=True)
-class MSERange:
+class MSERange(_Searched):
     """The range of least squared error over the histogram.
 
     The search of pytorch-quantization (`_compute_amax_mse`): every bin's center from
@@ -203,13 +213,6 @@ class MSERange:
     Raises:
       ValueError: a field has an illegal value.
     """
-
-    bins: int = 2048
-    start: int = 128
-    stride: int = 1
-
-    def __post_init__(self):
-        _check_search("MSERange", self.bins, self.start, self.stride)
 
     def statistic(self, format: Format) -> Histogram:
         """The histogram of each block."""
@@ -260,7 +263,7 @@ def _clipped(format: Format, counts: Counts, top: Any) -> Grid:
 
 
 @dataclass(frozen=True)
-class KLRange:
+class KLRange(_Searched):
     """Entropy calibration: the clipping that keeps most of the distribution.
 
     The search of TensorRT as pytorch-quantization has it (`_compute_amax_entropy`):
@@ -281,13 +284,6 @@ class KLRange:
     Raises:
       ValueError: a field has an illegal value.
     """
-
-    bins: int = 2048
-    start: int = 128
-    stride: int = 1
-
-    def __post_init__(self):
-        _check_search("KLRange", self.bins, self.start, self.stride)
 
     def statistic(self, format: Format) -> Histogram:
         """The histogram of each block."""

@@ -30,6 +30,7 @@ import llmcompressor.modifiers.gptq.base as gptq_base
 import numpy as np
 import psutil
 import torch
+from averages import averaged
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -144,19 +145,6 @@ def quality(model: Any, exact: Any, rows: np.ndarray, batch: int = 8) -> list[fl
 def qualities(model: Any, exact: Any, texts: dict[str, Any]) -> dict[str, list[float]]:
     """Quality on each text."""
     return {name: quality(model, exact, text[0]) for name, text in texts.items()}
-
-
-def averaged(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
-    """Mean, and spread where there are several, over runs that differ in batches."""
-    found: dict[str, Any] = {"runs": len(runs)}
-    for name in runs[0]:
-        values = np.array([run[name] for run in runs])
-        for key, column in zip(("perplexity", "kl"), values.T, strict=True):
-            found[f"{key}_{name}"] = float(column.mean())
-            if len(runs) > 1:
-                found[f"{key}_{name}_std"] = float(column.std(ddof=1))
-            found[f"{key}_{name}_runs"] = column.tolist()
-    return found
 
 
 @contextmanager

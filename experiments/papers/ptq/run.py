@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import tyro
+from averages import averaged
 
 import qjax
 from qjax.io.huggingface import load_weights
@@ -99,19 +100,6 @@ def quality(
     parts = [sums(q, exact, rows[i : i + batch]) for i in range(0, len(rows), batch)]
     total = np.asarray(parts, np.float64).sum(0) / (len(rows) * (rows.shape[1] - 1))
     return [math.exp(total[0]), float(total[1])]
-
-
-def averaged(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
-    """Mean, and spread where there are several, over runs that differ in batches."""
-    found: dict[str, Any] = {"runs": len(runs)}
-    for name in runs[0]:
-        values = np.array([run[name] for run in runs])
-        for key, column in zip(("perplexity", "kl"), values.T, strict=True):
-            found[f"{key}_{name}"] = float(column.mean())
-            if len(runs) > 1:
-                found[f"{key}_{name}_std"] = float(column.std(ddof=1))
-            found[f"{key}_{name}_runs"] = column.tolist()
-    return found
 
 
 def cut(rows: np.ndarray, batch: int) -> list[tuple[np.ndarray]]:
