@@ -168,6 +168,8 @@ def main(options: Options) -> None:
                 command = [sys.executable, __file__, "--method", method]
                 command += ["--model", str(model), "--out", str(options.out)]
                 command += ["--batches", *map(str, options.batches)]
+                command += ["--tokens", str(options.tokens)]
+                command += ["--evaluate", *options.evaluate]
                 subprocess.run(command + ["--once"] * options.once, check=True)
         return
     row = measure(options)
