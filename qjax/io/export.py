@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qjax.core.qtensor import QTensor, is_quantized
-from qjax.io import awq, bitsandbytes, compressed_tensors, gptq
+from qjax.io import awq, bitsandbytes, compressed_tensors, gptq, hqq
 from qjax.io.folder import publish
 from qjax.io.huggingface import find_folder, read_config
 from qjax.io.matrices import Matrix
@@ -29,6 +29,7 @@ FORMATS: dict[str, Writer] = {
     "gptq-v2": gptq.Writer(2),
     "awq": awq,
     "bitsandbytes": bitsandbytes,
+    "hqq": hqq,
 }
 # What a Hugging Face folder holds beside its configuration and its weights.
 COPIED = ("generation_config.json", "*token*", "vocab.*", "merges.txt", "*.jinja")
@@ -65,8 +66,8 @@ def export(
       qparams: the parameters of a model that `load_model` gave, layers stacked or not.
       model: the folder or hub id that they came from, for everything but the weights.
       format: "compressed-tensors", which vLLM and transformers read and which says the
-        most; "gptq" (zero points less one), "gptq-v2", "awq" (the GEMM layout) or
-        "bitsandbytes".
+        most; "gptq" (zero points less one), "gptq-v2", "awq" (the GEMM layout),
+        "bitsandbytes" or "hqq" (float zero points).
       recipe: what made the parameters, for the model card.
       quality: measured values by name, for the model card.
       base: the float model's name, for the model card; `model`'s unless given.

@@ -18,6 +18,7 @@ from qjax.core.coded import Coded
 from qjax.core.formats import Int, channel, group
 from qjax.core.qtensor import QTensor, SiteActs
 from qjax.core.transforms import Permutation
+from qjax.io import autoround
 from qjax.io.bits import pack_rows, unpack_rows
 from qjax.io.matrices import Matrix, in_order, order_of, tensor, words_of
 from qjax.io.modules import FLOATS, Linear, Take, checked, common_scheme, group_size
@@ -141,6 +142,7 @@ class Reader:
         Raises:
           ValueError: an option that is not known or not supported, named.
         """
+        raw = autoround.plain(raw)
         checked(OWNER, raw, KNOWN | INFORMATIVE)
         stored = raw.get("checkpoint_format") or "gptq"
         found = {
