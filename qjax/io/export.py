@@ -14,6 +14,7 @@ import numpy as np
 from qjax.core.qtensor import QTensor, is_quantized
 from qjax.io import awq, bitsandbytes, compressed_tensors, gptq, hqq
 from qjax.io.folder import publish
+from qjax.io.fused import Stored, warn_of_unlike
 from qjax.io.huggingface import find_folder, read_config
 from qjax.io.matrices import Matrix
 from qjax.io.modelcard import model_card
@@ -81,6 +82,9 @@ def export(
       FileNotFoundError: there is no such model.
       ValueError: `format` is unknown or cannot hold a leaf, which the message names; or
         no leaf is quantized.
+
+    Warns:
+      QuantizationWarning: linears that vLLM runs as one are not stored alike.
     """
     path = Path(path).resolve()
     if format not in FORMATS:
@@ -122,21 +126,26 @@ def _write(
     """Write weights and configuration; how many linears are stored in each way."""
     raw, (module, config) = read_json(source / "config.json"), read_config(source)
     writer, linears, schemes = FORMATS[format], list[Linear](), Counter[str]()
+    stored: dict[str, Stored] = {}
     dtype = None
     with ShardWriter(folder, shard_bytes) as shards:
         for named in named_leaves(module, config, qparams):
-            scheme = None
+            scheme, second = None, None
             if isinstance(named.leaf, QTensor):
                 matrix = _matrix(named, format)
                 tensors, scheme = writer.write(matrix)
                 dtype = dtype or matrix.dtype
                 schemes[_kind(matrix)] += 1
+                second = matrix.part.global_scale
                 for last, array in tensors.items():
                     shards.add(f"{named.module}.{last}", array)
             else:
                 shards.add(named.name, named.array())
             if named.linear:
                 linears.append(Linear(named.module, named.path, scheme))
+                second = None if second is None else float(second.reshape(()))
+                stored[named.module] = Stored(scheme, second)
+    warn_of_unlike(stored)
     if getattr(config, "tied", False):
         linears.append(Linear("lm_head", "embed/embedding", None))
     unlisted = UNLISTED.get(raw.get("model_type", ""), ())

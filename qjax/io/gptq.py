@@ -37,7 +37,7 @@ INFORMATIVE = {
 }
 KNOWN = {
     *("quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format"),
-    *("pack_dtype", "is_marlin_format", "dynamic"),
+    *("pack_dtype", "is_marlin_format", "dynamic", "format", "method"),
 }
 
 
@@ -144,10 +144,12 @@ class Reader:
         """
         raw = autoround.plain(raw)
         checked(OWNER, raw, KNOWN | INFORMATIVE)
-        stored = raw.get("checkpoint_format") or "gptq"
+        stored = raw.get("checkpoint_format") or raw.get("format") or "gptq"
         found = {
             "bits": (raw.get("bits"), BITS),
             "checkpoint_format": (stored, tuple(VERSIONS)),
+            "format": (raw.get("format") or stored, (stored,)),
+            "method": (raw.get("method") or "gptq", ("gptq",)),
             "pack_dtype": (raw.get("pack_dtype") or "int32", ("int32",)),
             "is_marlin_format": (raw.get("is_marlin_format") or False, (False,)),
             "sym": (raw.get("sym", True), (True, False)),

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-LENGTH, ROWS = 16, 8
+LENGTH, ROWS = 16, 8  # of calibration
+SEEN, COMPARED = 8, 4  # tokens in a row, rows, of which logits are compared
 
 
 def float_model(folder: str) -> Any:
@@ -46,14 +48,37 @@ def calibration(folder: str) -> np.ndarray:
     return draw.integers(2, vocabulary(folder), (ROWS, LENGTH))
 
 
+def widen(model: Any, folder: Path) -> Any:
+    """The model in float32, floats as the file has them.
+
+    GPTQModel's kernels load in 16 bits alone, and compute in the dtype of their input.
+    """
+    model = model.float().eval()
+    found = load_file(folder / "model.safetensors")
+    floats = {k: v.float() for k, v in found.items() if v.is_floating_point()}
+    left = model.load_state_dict(floats, strict=False)
+    assert not left.unexpected_keys, left.unexpected_keys
+    return model
+
+
+def distances(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """The largest difference of each row over the largest logit: median and worst row.
+
+    Where inputs are coded, one that lies on the edge of two codes may fall to the other
+    side when sums differ in their last bit; then its row is off by more than rounding.
+    """
+    rows = np.abs(found - expected).max((1, 2)) / np.abs(expected).max()
+    return {"difference": float(np.median(rows)), "worst": float(rows.max())}
+
+
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.float().numpy()
 
 
 def keep_logits(out: Path, model: Any, base: str) -> None:
-    """Write what the peer's model says of one row beside what the peer wrote."""
-    tokens = np.random.default_rng(2).integers(2, vocabulary(base), (1, LENGTH))
+    """Write what the peer's model says of a few rows beside what the peer wrote."""
+    tokens = np.random.default_rng(2).integers(2, vocabulary(base), (COMPARED, SEEN))
     out.mkdir(parents=True, exist_ok=True)
     found = logits(model, tokens)
     assert np.isfinite(found).all()

@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
-from checkpoints import calibration, keep_logits, tokenizer, write_cases
+from checkpoints import calibration, keep_logits, tokenizer, widen, write_cases
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
 
@@ -46,9 +46,9 @@ class Case:
         model.quantize(rows, batch_size=1)
         model.save(str(out))
         again = GPTQModel.load(
-            str(out), device="cpu", backend=BACKEND.TORCH, dtype=torch.float32
+            str(out), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16
         )
-        keep_logits(out, again.model.eval(), base)
+        keep_logits(out, widen(again.model, out), base)
 
 
 CASES = {

@@ -4,8 +4,8 @@
 
 READER is `transformers` (with compressed-tensors, bitsandbytes, or optimum and
 gptqmodel behind it), `gptqmodel` (its own loader) or `hqq`. Every folder in OUT that
-`experiments/formats/run.py export` wrote gets an `opened-READER.json`: the largest
-difference of logits over the largest logit, or why it was refused, and versions.
+`experiments/formats/run.py export` wrote gets an `opened-READER.json`: how far logits
+are from those of `qjax.apply`, or why it was refused, and versions.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 import numpy as np
 import torch
 import transformers
-from checkpoints import logits
+from checkpoints import distances, logits, widen
 from safetensors.torch import load_file
 
 REPORTED = {
@@ -30,10 +31,14 @@ REPORTED = {
 }
 # What transformers decodes to bfloat16 alone when it runs on a CPU.
 HALF = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
-READS: dict[str, tuple[str, ...]] = {
-    "transformers": ("compressed-tensors", "gptq", "awq", "bitsandbytes"),
-    "gptqmodel": ("gptq", "awq"),
-    "hqq": ("hqq",),
+# The formats of every reader, and the package that it needs for them.
+READS: dict[str, dict[str, str]] = {
+    "transformers": {
+        **{"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"},
+        **{"gptq": "gptqmodel", "awq": "gptqmodel"},
+    },
+    "gptqmodel": {"gptq": "gptqmodel", "awq": "gptqmodel"},
+    "hqq": {"hqq": "hqq"},
 }
 
 
@@ -42,7 +47,9 @@ def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
     config = json.loads((folder / "config.json").read_text())
     stored = config["quantization_config"]
     half = stored.get("format") in HALF
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if half else torch.float32}
+    sixteen = stored["quant_method"] in ("gptq", "awq")
+    narrow = torch.bfloat16 if half else torch.float16
+    options: dict[str, Any] = {"dtype": narrow if half or sixteen else torch.float32}
     if _packed_zeros(stored):
         # It has no room for packed zero points unless it decodes while loading.
         options["quantization_config"] = transformers.CompressedTensorsConfig(
@@ -58,7 +65,7 @@ def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
     if half:
         logits(model, tokens)  # decodes
         model.float()
-    return logits(model, tokens)
+    return logits(widen(model, folder) if sixteen else model, tokens)
 
 
 def _packed_zeros(stored: dict[str, Any]) -> bool:
@@ -74,9 +81,9 @@ def by_gptqmodel(folder: Path, tokens: np.ndarray) -> np.ndarray:
     awq = stored["quant_method"] == "awq"
     backend = BACKEND.TORCH_AWQ if awq else BACKEND.TORCH
     loaded = GPTQModel.load(
-        str(folder), device="cpu", backend=backend, dtype=torch.float32
+        str(folder), device="cpu", backend=backend, dtype=torch.float16
     )
-    return logits(loaded.model.eval(), tokens)
+    return logits(widen(loaded.model, folder), tokens)
 
 
 def by_hqq(folder: Path, tokens: np.ndarray) -> np.ndarray:
@@ -113,17 +120,17 @@ def report(reader: str, folder: Path) -> dict[str, Any]:
         found = READERS[reader](folder, tokens)
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
-    difference = np.abs(found - expected).max() / np.abs(expected).max()
-    return {"difference": float(difference)}
+    return distances(found, expected)
 
 
 def main(reader: str, out: str, *only: str) -> None:
-    """Open every folder whose format the reader knows."""
+    """Open every folder whose format the reader knows in this environment."""
     torch.set_num_threads(1)
     versions = {d.name: d.version for d in distributions() if d.name in REPORTED}
     for folder in sorted(path.parent for path in Path(out).glob("*/expected.npz")):
         config = json.loads((folder / "config.json").read_text())
-        known = config["quantization_config"]["quant_method"] in READS[reader]
+        package = READS[reader].get(config["quantization_config"]["quant_method"])
+        known = package is not None and find_spec(package) is not None
         if not known or (only and folder.name not in only):
             continue
         found = report(reader, folder)

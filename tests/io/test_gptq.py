@@ -21,6 +21,8 @@ from qjax.io.gptq import Writer
 from qjax.io.huggingface import load_weights
 from qjax.io.matrices import Matrix
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*are stored in .*vLLM")
+
 FORMATS = [
     *(Int(bits, group(32)) for bits in (2, 3, 4, 8)),
     *(Int(bits, group(64), symmetric=False) for bits in (2, 3, 4, 8)),

@@ -32,6 +32,8 @@ from qjax.core.formats import (
 from qjax.core.qtensor import Activation, SiteActs
 from qjax.io.export import export
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*are stored in .*vLLM")
+
 # A layer of `[N, K]` weights; `MODEL` is the dtype of the model, float32 here.
 MODULE = "model.layers.1.mlp.down_proj"
 N, K, MODEL = 64, 128, "F32"
