@@ -48,12 +48,20 @@ def calibration(folder: str) -> np.ndarray:
     return draw.integers(2, vocabulary(folder), (ROWS, LENGTH))
 
 
+def in_float32(model: Any) -> Any:
+    """The model with its floats in float32; `float()` is refused to quantized ones."""
+    for values in (*model.parameters(), *model.buffers()):
+        if values.is_floating_point():
+            values.data = values.data.float()
+    return model.eval()
+
+
 def widen(model: Any, folder: Path) -> Any:
     """The model in float32, floats as the file has them.
 
     GPTQModel's kernels load in 16 bits alone, and compute in the dtype of their input.
     """
-    model = model.float().eval()
+    model = in_float32(model)
     found = load_file(folder / "model.safetensors")
     floats = {k: v.float() for k, v in found.items() if v.is_floating_point()}
     left = model.load_state_dict(floats, strict=False)

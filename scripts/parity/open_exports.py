@@ -22,7 +22,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 import numpy as np
 import torch
 import transformers
-from checkpoints import distances, logits, widen
+from checkpoints import distances, in_float32, logits, widen
 from safetensors.torch import load_file
 
 REPORTED = {
@@ -46,11 +46,12 @@ def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
     """Whatever reader transformers has for the format."""
     config = json.loads((folder / "config.json").read_text())
     stored = config["quantization_config"]
-    half = stored.get("format") in HALF
+    groups = stored.get("config_groups", {}).values()
+    half = any(group["format"] in HALF for group in groups)
     sixteen = stored["quant_method"] in ("gptq", "awq")
     narrow = torch.bfloat16 if half else torch.float16
     options: dict[str, Any] = {"dtype": narrow if half or sixteen else torch.float32}
-    if _packed_zeros(stored):
+    if any(not group["weights"]["symmetric"] for group in groups):
         # It has no room for packed zero points unless it decodes while loading.
         options["quantization_config"] = transformers.CompressedTensorsConfig(
             dequantize=True
@@ -64,13 +65,8 @@ def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
         module.support_avx512bf16_for_cpu = False
     if half:
         logits(model, tokens)  # decodes
-        model.float()
+        in_float32(model)
     return logits(widen(model, folder) if sixteen else model, tokens)
-
-
-def _packed_zeros(stored: dict[str, Any]) -> bool:
-    groups = stored.get("config_groups", {}).values()
-    return any(not group["weights"]["symmetric"] for group in groups)
 
 
 def by_gptqmodel(folder: Path, tokens: np.ndarray) -> np.ndarray:
