@@ -82,6 +82,7 @@ CASES = [
         "float-quantized",
     ),
     Case("fp8_block", Float("e4m3", block(48, 32)), file="float-quantized"),
+    Case("fp8_wide_block", Float("e4m3", block(128, 128)), file="float-quantized"),
     Case("nvfp4", NVFP4(), file="nvfp4-pack-quantized"),
     Case(
         "nvfp4_inputs",
