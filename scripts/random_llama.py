@@ -41,6 +41,7 @@ class Sizes:
 
 
 SIZES = {
+    "mini": Sizes(64, 64, 1, 2, 1, 32, 32),
     "tiny": Sizes(128, 256, 2, 4, 2, 256, 32),
     "100m": Sizes(768, 3072, 10, 12, 4, 8192, 64),
     "300m": Sizes(1024, 4096, 16, 16, 8, 32000, 64),
@@ -70,7 +71,7 @@ class Options:
 
     out: Path
     """The folder; it must not hold weights yet."""
-    size: Literal["tiny", "100m", "300m", "1b", "3b", "8b"] = "1b"
+    size: Literal["mini", "tiny", "100m", "300m", "1b", "3b", "8b"] = "1b"
     """Shapes of Llama 3.2 1B and 3B and Llama 3 8B; the others are smaller."""
     tied: bool | None = None
     """Whether the embedding is also the head; without it, as in the original."""

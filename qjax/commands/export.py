@@ -11,7 +11,7 @@ from qjax.commands.output import wide_console
 from qjax.io.checkpoint import MANIFEST, read_manifest
 from qjax.io.export import export
 
-Format = Literal["compressed-tensors", "gptq", "gptq-v2", "awq", "bitsandbytes"]
+Format = Literal["compressed-tensors", "gptq", "gptq-v2", "awq", "bitsandbytes", "hqq"]
 
 
 @dataclass(frozen=True)

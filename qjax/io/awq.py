@@ -13,6 +13,7 @@ import numpy as np
 from qjax.core.coded import Coded
 from qjax.core.formats import Int, channel, group
 from qjax.core.qtensor import QTensor
+from qjax.io import autoround
 from qjax.io.bits import pack_rows, unpack_rows
 from qjax.io.matrices import Matrix, tensor, words_of
 from qjax.io.modules import FLOATS, Linear, Take, checked, common_scheme, group_size
@@ -23,7 +24,7 @@ ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 OWNER = "config.json: quantization_config"
 INFORMATIVE = {
     *("modules_to_not_convert", "backend", "do_fuse", "fuse_max_seq_len"),
-    *("modules_to_fuse", "exllama_config"),
+    *("modules_to_fuse", "exllama_config", "sym"),
 }
 KNOWN = {"quant_method", "bits", "group_size", "zero_point", "version"}
 
@@ -105,6 +106,7 @@ class Reader:
         Raises:
           ValueError: an option that is not known or not supported, named.
         """
+        raw = autoround.plain(raw)
         checked(OWNER, raw, KNOWN | INFORMATIVE)
         layout = str(raw.get("version", "gemm")).lower()
         if raw.get("bits", BITS) != BITS or layout != "gemm":

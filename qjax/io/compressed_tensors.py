@@ -128,9 +128,10 @@ def _mxfp8(matrix: Matrix) -> Tensors:
 
 
 def _scale(matrix: Matrix) -> np.ndarray:
-    """One number as `[1]`, else `[out, groups]`."""
-    scale = matrix.part.scale
-    return scale.reshape(1) if scale.size == 1 else scale.T
+    """That of all weights together as `[1]`, else `[out, groups]`."""
+    scale, shared = matrix.part.scale, matrix.part.format.granularity
+    whole = (shared.rows, shared.cols) == (None, None)
+    return scale.reshape(1) if whole else scale.T
 
 
 def _signed(codes: np.ndarray, half: int) -> np.ndarray:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from qjax.core.qtensor import QTensor, is_quantized
-from qjax.io import awq, bitsandbytes, compressed_tensors, gptq
+from qjax.io import awq, bitsandbytes, compressed_tensors, gptq, hqq
 from qjax.io.folder import publish
+from qjax.io.fused import Stored, warn_of_unlike
 from qjax.io.huggingface import find_folder, read_config
 from qjax.io.matrices import Matrix
 from qjax.io.modelcard import model_card
@@ -29,6 +30,7 @@ FORMATS: dict[str, Writer] = {
     "gptq-v2": gptq.Writer(2),
     "awq": awq,
     "bitsandbytes": bitsandbytes,
+    "hqq": hqq,
 }
 # What a Hugging Face folder holds beside its configuration and its weights.
 COPIED = ("generation_config.json", "*token*", "vocab.*", "merges.txt", "*.jinja")
@@ -65,8 +67,8 @@ def export(
       qparams: the parameters of a model that `load_model` gave, layers stacked or not.
       model: the folder or hub id that they came from, for everything but the weights.
       format: "compressed-tensors", which vLLM and transformers read and which says the
-        most; "gptq" (zero points less one), "gptq-v2", "awq" (the GEMM layout) or
-        "bitsandbytes".
+        most; "gptq" (zero points less one), "gptq-v2", "awq" (the GEMM layout),
+        "bitsandbytes" or "hqq" (float zero points).
       recipe: what made the parameters, for the model card.
       quality: measured values by name, for the model card.
       base: the float model's name, for the model card; `model`'s unless given.
@@ -80,6 +82,9 @@ def export(
       FileNotFoundError: there is no such model.
       ValueError: `format` is unknown or cannot hold a leaf, which the message names; or
         no leaf is quantized.
+
+    Warns:
+      QuantizationWarning: linears that vLLM runs as one are not stored alike.
     """
     path = Path(path).resolve()
     if format not in FORMATS:
@@ -121,21 +126,26 @@ def _write(
     """Write weights and configuration; how many linears are stored in each way."""
     raw, (module, config) = read_json(source / "config.json"), read_config(source)
     writer, linears, schemes = FORMATS[format], list[Linear](), Counter[str]()
+    stored: dict[str, Stored] = {}
     dtype = None
     with ShardWriter(folder, shard_bytes) as shards:
         for named in named_leaves(module, config, qparams):
-            scheme = None
+            scheme, second = None, None
             if isinstance(named.leaf, QTensor):
                 matrix = _matrix(named, format)
                 tensors, scheme = writer.write(matrix)
                 dtype = dtype or matrix.dtype
                 schemes[_kind(matrix)] += 1
+                second = matrix.part.global_scale
                 for last, array in tensors.items():
                     shards.add(f"{named.module}.{last}", array)
             else:
                 shards.add(named.name, named.array())
             if named.linear:
                 linears.append(Linear(named.module, named.path, scheme))
+                second = None if second is None else float(second.reshape(()))
+                stored[named.module] = Stored(scheme, second)
+    warn_of_unlike(stored)
     if getattr(config, "tied", False):
         linears.append(Linear("lm_head", "embed/embedding", None))
     unlisted = UNLISTED.get(raw.get("model_type", ""), ())

@@ -18,6 +18,7 @@ from qjax.core.coded import Coded
 from qjax.core.formats import Int, channel, group
 from qjax.core.qtensor import QTensor, SiteActs
 from qjax.core.transforms import Permutation
+from qjax.io import autoround
 from qjax.io.bits import pack_rows, unpack_rows
 from qjax.io.matrices import Matrix, in_order, order_of, tensor, words_of
 from qjax.io.modules import FLOATS, Linear, Take, checked, common_scheme, group_size
@@ -36,7 +37,7 @@ INFORMATIVE = {
 }
 KNOWN = {
     *("quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format"),
-    *("pack_dtype", "is_marlin_format", "dynamic"),
+    *("pack_dtype", "is_marlin_format", "dynamic", "format", "method"),
 }
 
 
@@ -141,11 +142,14 @@ class Reader:
         Raises:
           ValueError: an option that is not known or not supported, named.
         """
+        raw = autoround.plain(raw)
         checked(OWNER, raw, KNOWN | INFORMATIVE)
-        stored = raw.get("checkpoint_format") or "gptq"
+        stored = raw.get("checkpoint_format") or raw.get("format") or "gptq"
         found = {
             "bits": (raw.get("bits"), BITS),
             "checkpoint_format": (stored, tuple(VERSIONS)),
+            "format": (raw.get("format") or stored, (stored,)),
+            "method": (raw.get("method") or "gptq", ("gptq",)),
             "pack_dtype": (raw.get("pack_dtype") or "int32", ("int32",)),
             "is_marlin_format": (raw.get("is_marlin_format") or False, (False,)),
             "sym": (raw.get("sym", True), (True, False)),

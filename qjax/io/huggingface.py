@@ -24,6 +24,7 @@ from qjax.io.quantized import (
     QuantizedSource,
     float_dtype,
     reader_of,
+    reader_of_names,
 )
 from qjax.io.shards import Tensor, open_shards, read_json
 from qjax.io.suitable import check_config, check_dtypes, warn_of_unread
@@ -47,8 +48,8 @@ def load_model(
 ) -> tuple[Function, dict[str, Any], Any, Any]:
     """A model's function and parameters, its tokenizer and its configuration.
 
-    Weights that compressed-tensors, GPTQ, AWQ or bitsandbytes stored in low bits become
-    QTensors with the same codes and scales; run them with `qjax.apply(f)`.
+    Weights that compressed-tensors, GPTQ, AWQ, bitsandbytes or HQQ stored in low bits
+    become QTensors with the same codes and scales; run them with `qjax.apply(f)`.
 
     Args:
       path_or_id: a folder with `config.json` and safetensors, or the id of a
@@ -93,7 +94,7 @@ def load_weights(
     module, config = read_config(folder)
     f, shapes = _abstract(module, config, scan_layers)
     tensors = open_shards(folder)
-    quantized = QuantizedModules.of(reader, tensors)
+    quantized = QuantizedModules.of(reader or reader_of_names(tensors), tensors)
     sources = find_sources(
         module, config, tensors, shapes, scan_layers, folder, quantized
     )

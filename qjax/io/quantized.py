@@ -11,7 +11,14 @@ import numpy as np
 from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor
 from qjax.core.sharding import shard
-from qjax.io import awq, bitsandbytes, compressed_tensors_reader, gptq
+from qjax.io import (
+    autoround,
+    awq,
+    bitsandbytes,
+    compressed_tensors_reader,
+    gptq,
+    hqq,
+)
 from qjax.io.modules import FLOATS, Take, by_module
 from qjax.io.shards import Tensor
 
@@ -29,11 +36,19 @@ class Reader(Protocol):
         ...
 
 
+def _auto_round(raw: Mapping[str, Any]) -> Reader:
+    """auto-round's own format, which is GPTQ's or AWQ's under another name."""
+    found = autoround.as_its_packing(raw)
+    return READERS[found["quant_method"]](found)
+
+
 READERS: dict[str, Callable[[Mapping[str, Any]], Reader]] = {
     "compressed-tensors": compressed_tensors_reader.Reader.of,
     "gptq": gptq.Reader.of,
     "awq": awq.Reader.of,
     "bitsandbytes": bitsandbytes.Reader.of,
+    "hqq": hqq.Reader.of,
+    "auto-round": _auto_round,
 }
 
 
@@ -47,6 +62,14 @@ def reader_of(raw: Mapping[str, Any]) -> Reader | None:
     if not isinstance(found, Mapping) or found.get("quant_method") not in READERS:
         return None
     return READERS[found["quant_method"]](found)
+
+
+def reader_of_names(names: Iterable[str]) -> Reader | None:
+    """The reader of a format that is known by its tensors, whatever config.json says.
+
+    `hqq` alone writes no `quantization_config`.
+    """
+    return hqq.Reader() if any(name.endswith(".W_q") for name in names) else None
 
 
 @dataclass(frozen=True)

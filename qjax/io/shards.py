@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth")
 
 DTYPES = {
     "F64": np.float64,
@@ -72,7 +73,7 @@ def open_shards(folder: Path) -> dict[str, Tensor]:
         return _open_index(folder)
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    pickled = sorted(p.name for end in PICKLES for p in folder.glob(end))
     if pickled:
         raise ValueError(
             f"{folder / pickled[0]} is a pickle, which runs code when read: convert it "

@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors
 from flax import nnx
@@ -32,6 +33,7 @@ from qjax.core.formats import (
 from qjax.core.layout import Layout
 from qjax.core.lazy import LazyLeaf
 from qjax.core.qtensor import Activation, QTensor, SiteActs, Sparse, Stacked
+from qjax.core.sharding import partition_specs, shard
 from qjax.core.transforms import Dense, Diagonal, Hadamard, Permutation
 from qjax.io import folder as folder_module
 from qjax.io.checkpoint import read_manifest, restore, save
@@ -210,6 +212,44 @@ def test_sharded_trees_restore_on_a_mesh_and_on_one_device(tmp_path: Path):
         restore(path, sharding={"v": whole})
     with pytest.raises(ValueError, match="no Sharding"):
         restore(path, sharding=PartitionSpec())
+
+
+def test_training_state_restores_on_another_mesh(tmp_path: Path):
+    """Frozen QTensors beside adapters and what an optimiser keeps of them."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    before = jax.make_mesh((4, 2), ("data", "model"), axis_types=auto)
+    after = jax.make_mesh((2, 4), ("data", "model"), axis_types=auto)
+    leaf = quantized(Int(4, group(16), zero="int"), 2)
+    adapters = {"a": jnp.arange(64.0).reshape(8, 8), "b": jnp.ones((8, 8))}
+    state = {
+        "frozen": {"w": shard(leaf, PartitionSpec(None, None, "model"), before)},
+        "adapters": jax.device_put(
+            adapters, NamedSharding(before, PartitionSpec("data"))
+        ),
+        "optimiser": optax.adam(1e-3).init(adapters),
+        "step": jnp.int32(7),
+    }
+    columns = partition_specs(leaf, PartitionSpec(None, "data", "model"), after)
+    place = lambda spec: NamedSharding(after, spec)
+    whole = place(PartitionSpec())
+    target = {
+        "frozen": {"w": jax.tree.map(place, columns)},
+        "adapters": place(PartitionSpec("data", "model")),
+        "optimiser": whole,
+        "step": whole,
+    }
+    for storage in ("safetensors", "orbax"):
+        path = save(tmp_path / storage, state, format=storage)
+        found = restore(path, sharding=target)
+        for name in ("frozen", "adapters", "step"):
+            assert_same(found[name], state[name])
+        # Named tuples come back as dicts, in the same order.
+        leaves = [jax.tree.leaves(each["optimiser"]) for each in (found, state)]
+        assert_same(*leaves)
+        codes = found["frozen"]["w"].parts[0].codes
+        assert codes.addressable_shards[0].data.shape == (2, K * 4 // 32 // 2, N // 4)
+        assert found["adapters"]["a"].addressable_shards[0].data.shape == (4, 2)
+        assert found["step"].sharding == whole
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,7 @@ EXPERTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*gate_proj and .*up_proj are stored in different")
 def test_experts_are_written_one_by_one(tmp_path: Path):
     params = random(qwen3_moe, EXPERTS, tmp_path)
     qparams = quantized(params, ("up_proj/kernel", "o_proj/kernel"))

@@ -21,6 +21,8 @@ from qjax.io.gptq import Writer
 from qjax.io.huggingface import load_weights
 from qjax.io.matrices import Matrix
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*are stored in .*vLLM")
+
 FORMATS = [
     *(Int(bits, group(32)) for bits in (2, 3, 4, 8)),
     *(Int(bits, group(64), symmetric=False) for bits in (2, 3, 4, 8)),
@@ -171,6 +173,8 @@ def written(small: Any, tmp_path: Path) -> Path:
 CONFIGS = {
     "bits": ({"bits": 5}, "bits is 5, supported are"),
     "format": ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+    "method": ({"method": "awq"}, r"method is 'awq', supported are \('gptq',\)"),
+    "two formats": ({"format": "gptq_v2"}, r"\.format is 'gptq_v2', supported are"),
     "words": ({"pack_dtype": "int16"}, "pack_dtype is 'int16'"),
     "size": ({"group_size": 0}, "group_size is 0, expected a positive whole number"),
     "dynamic": ({"dynamic": {"+:up": {"bits": 8}}}, r"dynamic: '\+:up' sets"),

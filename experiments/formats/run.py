@@ -1,0 +1,226 @@
+"""Checkpoints in and out: what other libraries make of ours, and we of theirs.
+
+    python experiments/formats/run.py export WORK
+    python experiments/formats/run.py collect WORK
+
+`export` writes a random Llama in every scheme, and every architecture in one, into
+`WORK/ours`, each with the logits of `qjax.apply`. Between the two, the peers open those
+and write their own into `WORK/theirs` (README.md has the commands). `collect` loads
+theirs, and writes `results/matrix.jsonl` and `results/architectures.jsonl`: for each
+scheme and peer the largest difference of logits over the largest logit.
+
+Cost: 5 minutes on one core, and as much for the peers.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qjax
+from qjax.core.formats import Codebook, Int, channel, group, tensor
+from qjax.core.qtensor import Activation
+from qjax.results import Record, append, environment
+
+RESULTS = Path(__file__).parent / "results"
+LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """A scheme in a format: the recipe that we export, and who writes the same."""
+
+    format: str
+    name: str
+    recipe: Any = None
+    theirs: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Where our export of it is."""
+        return f"{self.format}-{self.name}"
+
+    @property
+    def label(self) -> str:
+        """The row's head."""
+        return f"{self.format} {self.name}"
+
+
+def integer(bits: int, rows: int | None = 32, **more: Any) -> Any:
+    """Round to nearest in groups, or in channels."""
+    shared = group(rows) if rows else channel()
+    return qjax.RTN(weights=Int(bits, shared, **more))
+
+
+INT8 = Activation(Int(8, tensor(), symmetric=False), dynamic=False)
+ZERO = {"symmetric": False}
+ct = partial(Row, "compressed-tensors")
+ROWS = (
+    ct("W4A16", integer(4), ("llmcompressor-w4", "llmcompressor-w4_gptq")),
+    ct("W4A16 asym", integer(4, **ZERO), ("llmcompressor-w4_asym",)),
+    ct("W4A16 channel", integer(4, None)),
+    ct("W4A16 g_idx", qjax.GPTQ(weights=Int(4, group(32)), act_order="dynamic")),
+    ct("W2A16", integer(2)),
+    ct("W3A16", integer(3), ("llmcompressor-w3",)),
+    ct("W8A16", integer(8), ("llmcompressor-w8",)),
+    ct(
+        "W8A8",
+        qjax.RTN("W8A8"),
+        ("llmcompressor-w8a8", "llmcompressor-w8a8_smooth_gptq"),
+    ),
+    ct("W8A8 static", qjax.RTN(weights=Int(8), activations=INT8)),
+    ct("W4A8", qjax.RTN("W4A8")),
+    ct("FP8", qjax.RTN("FP8"), ("llmcompressor-fp8",)),
+    ct("FP8_DYNAMIC", qjax.RTN("FP8_DYNAMIC"), ("llmcompressor-fp8_dynamic",)),
+    ct("FP8_BLOCK", qjax.RTN("FP8_BLOCK")),
+    ct("NVFP4A16", qjax.RTN("NVFP4A16"), ("llmcompressor-nvfp4a16",)),
+    ct("NVFP4", qjax.RTN("NVFP4"), ("llmcompressor-nvfp4",)),
+    ct("MXFP4A16", qjax.RTN("MXFP4A16"), ("llmcompressor-mxfp4a16",)),
+    ct("MXFP4", qjax.RTN("MXFP4"), ("llmcompressor-mxfp4",)),
+    ct("MXFP8", qjax.RTN("MXFP8"), ("llmcompressor-mxfp8",)),
+    ct(
+        "mixed",
+        (
+            qjax.RTN("W8A8", targets="*down_proj*"),
+            qjax.RTN("NVFP4A16", targets="*o_proj*"),
+            integer(4),
+        ),
+        ("llmcompressor-mixed",),
+    ),
+    *(
+        Row(
+            "gptq",
+            f"{bits} bits",
+            integer(bits),
+            (f"autoround-gptq-w{bits}", f"gptqmodel-w{bits}"),
+        )
+        for bits in (2, 3, 4, 8)
+    ),
+    Row("gptq", "4 bits asym", integer(4, **ZERO), ("autoround-gptq-w4_asym",)),
+    Row("gptq", "4 bits channel", integer(4, None), ("autoround-gptq-w4_channel",)),
+    Row(
+        "gptq",
+        "4 bits desc_act",
+        qjax.GPTQ(weights=Int(4, group(32)), act_order="dynamic"),
+        ("gptqmodel-w4_desc_act",),
+    ),
+    *(Row("gptq-v2", f"{bits} bits asym", integer(bits, **ZERO)) for bits in (2, 3, 8)),
+    Row("gptq-v2", "4 bits asym", integer(4, **ZERO), ("gptqmodel-w4_asym",)),
+    Row("awq", "4 bits", integer(4), ("autoround-awq-w4",)),
+    Row("awq", "4 bits asym", integer(4, **ZERO), ("autoround-awq-w4_asym",)),
+    Row("bitsandbytes", "NF4", qjax.RTN("NF4"), ("bitsandbytes-nf4",)),
+    Row("bitsandbytes", "NF4 double", qjax.RTN("NF4_DQ"), ("bitsandbytes-nf4_double",)),
+    Row(
+        "bitsandbytes",
+        "FP4",
+        qjax.RTN(weights=Codebook("fp4", group(64))),
+        ("bitsandbytes-fp4",),
+    ),
+    Row("bitsandbytes", "LLM.int8()", qjax.LLMInt8(), ("bitsandbytes-int8",)),
+    *(
+        Row("hqq", f"{bits} bits", qjax.HQQ(bits, 32), (f"hqq-w{bits}",))
+        for bits in (1, 2, 3, 4, 8)
+    ),
+)
+ARCHITECTURES = (
+    *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt2", "opt", "bert"),
+)
+
+
+def tokens(folder: Path) -> np.ndarray:
+    """One random row."""
+    config = json.loads((folder / "config.json").read_text())
+    draw = np.random.default_rng(3)
+    return draw.integers(2, config["vocab_size"], (1, LENGTH)).astype(np.int32)
+
+
+def logits(f: Any, params: Any, ids: np.ndarray) -> np.ndarray:
+    """What `qjax.apply` makes of one row."""
+    return np.asarray(jax.jit(qjax.apply(f))(params, jnp.asarray(ids)))
+
+
+def export(work: Path) -> None:
+    """Write ours, and what we expect of them; a refusal is kept as a result."""
+    for row in ROWS:
+        _export(row, work / "base", work / "ours" / row.folder.replace(" ", "_"))
+    for kind in ARCHITECTURES:
+        row = Row("compressed-tensors", kind, integer(4))
+        _export(row, work / "architectures" / kind, work / "ours" / f"model-{kind}")
+
+
+def _export(row: Row, base: Path, out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    f, params, _, _ = qjax.load_model(base, dtype=jnp.float32)
+    ids = tokens(base)
+    draw = np.random.default_rng(4)
+    batches = [(jnp.asarray(draw.permutation(ids[0])[None]),) for _ in range(4)]
+    qparams = qjax.quantize(f, params, row.recipe, batches, progress=False)
+    try:
+        qjax.export(out, qparams, model=base, format=row.format)
+    except ValueError as error:
+        out.mkdir(parents=True)
+        (out / "refused.json").write_text(json.dumps({"refused": str(error)}))
+        print(out.name, error, flush=True)
+        return
+    np.savez(out / "expected.npz", tokens=ids, logits=logits(f, qparams, ids))
+    print("wrote", out.name, flush=True)
+
+
+def differences(out: Path) -> dict[str, Any]:
+    """What the peers reported of one of our exports, by reader."""
+    found = {}
+    for file in sorted(out.glob("opened-*.json")):
+        found[file.stem.removeprefix("opened-")] = json.loads(file.read_text())
+    return found
+
+
+def loaded(folder: Path) -> dict[str, Any]:
+    """A peer's checkpoint in qjax: the difference, or why it is refused."""
+    with np.load(folder / "logits.npz") as held:
+        ids, expected = held["tokens"], held["logits"]
+    try:
+        f, params, _, _ = qjax.load_model(folder, dtype=jnp.float32)
+    except ValueError as error:
+        return {"refused": str(error).replace(str(folder), folder.name)}
+    difference = np.abs(logits(f, params, ids) - expected).max()
+    return {"difference": float(difference / np.abs(expected).max())}
+
+
+def record(label: str, reports: dict[str, Any]) -> Record:
+    """One line: differences as metrics, refusals and versions as context."""
+    metrics = {k: v["difference"] for k, v in reports.items() if "difference" in v}
+    refused = {k: v["refused"] for k, v in reports.items() if "refused" in v}
+    peers = {k: v["versions"] for k, v in reports.items() if "versions" in v}
+    context = {**environment(), "refused": refused, "peers": peers}
+    return Record(label, {"readers": sorted(reports)}, metrics, context)
+
+
+def collect(work: Path) -> None:
+    """Load theirs and write the tables' lines."""
+    for name in ("matrix", "architectures"):
+        (RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
+    for row in ROWS:
+        out = work / "ours" / row.folder.replace(" ", "_")
+        reports = {f"out_{k}": v for k, v in differences(out).items()}
+        for case in row.theirs:
+            if (work / "theirs" / case / "logits.npz").exists():
+                peer, _, rest = case.partition("-")
+                again = f"in_{peer}" in reports
+                name = f"in_{peer}_{rest}" if again else f"in_{peer}"
+                reports[name] = loaded(work / "theirs" / case)
+        append(RESULTS / "matrix.jsonl", record(row.label, reports))
+        print(row.label, reports, flush=True)
+    for kind in ARCHITECTURES:
+        reports = differences(work / "ours" / f"model-{kind}")
+        append(RESULTS / "architectures.jsonl", record(kind, reports))
+
+
+if __name__ == "__main__":
+    {"export": export, "collect": collect}[sys.argv[1]](Path(sys.argv[2]))
