@@ -17,6 +17,8 @@ from qjax.models.names import Name, linear_names
 
 __all__ = ["PREFIX", "Phi3", "build", "from_fields", "names"]
 
+_ROPE = ("rope_parameters", "rope_scaling", "partial_rotary_factor")
+
 
 class Attention(llama.Attention):
     """Llama's, with one linear for queries, keys and values."""
@@ -83,9 +85,6 @@ def from_fields(fields: Fields) -> llama.Config:
         rope=rope.from_fields(fields, config.head_dim, config.context, partial=True),
         windows=(window,) * config.layers,
     )
-
-
-_ROPE = ("rope_parameters", "rope_scaling", "partial_rotary_factor")
 
 
 def build(config: llama.Config, **options: Any) -> nnx.Module:

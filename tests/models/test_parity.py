@@ -122,10 +122,9 @@ CASES = (
         "gemma3_text",
         {**GEMMA, "sliding_window_pattern": 2, "rope_parameters": GEMMA3_ROPES},
     ),
-    Case("phi3", "phi3", {**PHI, "sliding_window": 5}),
+    Case("phi3", "phi3", {**PHI, "sliding_window": 5, "partial_rotary_factor": 0.5}),
     Case("phi3_short", "phi3", phi_long(32)),
     Case("phi3_long", "phi3", phi_long(8)),
-    Case("phi3_partial", "phi3", {**PHI, "partial_rotary_factor": 0.5}),
     Case("gpt2", "gpt2", GPT2),
     Case("opt", "opt", OPT),
     Case(
