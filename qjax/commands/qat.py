@@ -4,9 +4,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
+import numpy as np
 import tyro
 
-from qjax.commands.inputs import open_model
+from qjax.commands.inputs import Model, open_model
 from qjax.commands.output import wide_console
 from qjax.commands.quantize import shell_files
 from qjax.commands.training import TrainingOptions, run_training
@@ -18,8 +20,10 @@ from qjax.train import (
     BitNet,
     ParetoQ,
     StraightThrough,
+    distillation_loss,
     fake_quantize,
     finalize,
+    generated_rows,
 )
 from qjax.train.step import TrainState, begin, next_token_loss, training_step
 
@@ -47,6 +51,14 @@ class TrainQuantized:
     """Patterns of the weights to quantize (all but the head)."""
     ignore: tuple[str, ...] = ()
     """Patterns of the weights to leave in float."""
+    teacher: str | None = None
+    """Learn the logits of this float model, not the text: a folder, a hub id,
+    "bundled", or "self" for MODEL as it was."""
+    data: Literal["text", "generated"] = "text"
+    """Train on a text, or without data on what the teacher, or MODEL, writes (with
+    --teacher: LLM-QAT)."""
+    windows: int = 2048
+    """Windows to generate."""
     overwrite: bool = False
     """Replace OUT, if qjax wrote it."""
     training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(
@@ -58,18 +70,26 @@ class TrainQuantized:
         step = self.step()
         check_target(self.out, self.overwrite, "--overwrite")
         model = open_model(self.model, in_float=True)
-        data, optimiser = self.training.rows(model), self.training.optimiser()
+        teacher = self.open_teacher(model)
+        data, optimiser = self.rows(model, teacher), self.training.optimiser()
         f_qat, qstate = fake_quantize(
             model.f, model.params, step, example=model.example
         )
 
-        def loss(trained: Any, observed: Any, tokens: Any, key: Any) -> Any:
+        def run(trained: Any, observed: Any, tokens: Any, key: Any) -> Any:
             own = replace(qstate, trained=trained["qstate"], observed=observed)
-            logits, after = f_qat(trained["params"], own, tokens, key=key)
-            return next_token_loss(logits, tokens), after.observed
+            return f_qat(trained["params"], own, tokens, key=key)
 
-        def held_out_loss(state: TrainState, tokens: Any) -> Any:
-            return loss(state.trained, state.carried, tokens, None)[0]
+        def loss(trained: Any, observed: Any, tokens: Any, key: Any, known: Any) -> Any:
+            logits, after = run(trained, observed, tokens, key)
+            if teacher is None:
+                return next_token_loss(logits, tokens), after.observed
+            wanted = teacher.f(known, tokens)
+            return distillation_loss(logits, wanted), after.observed
+
+        def held_out_loss(state: TrainState, tokens: Any, known: Any) -> Any:
+            logits, _ = run(state.trained, state.carried, tokens, None)
+            return next_token_loss(logits, tokens)
 
         trained = {"params": model.params, "qstate": qstate.trained}
         state = run_training(
@@ -80,7 +100,7 @@ class TrainQuantized:
             begin(trained, optimiser, qstate.observed),
             held_out_loss,
             data,
-            (),
+            (None if teacher is None else teacher.params,),
         )
         done = replace(qstate, trained=state.trained["qstate"], observed=state.carried)
         save(
@@ -95,6 +115,50 @@ class TrainQuantized:
             overwrite=self.overwrite,
         )
         wide_console().print(f"wrote {self.out}")
+
+    def open_teacher(self, model: Model) -> Model | None:
+        """The model whose logits are learned.
+
+        Raises:
+          ValueError: its tokens are not those of `model`.
+        """
+        if self.teacher is None or self.teacher == "self":
+            return None if self.teacher is None else model
+        teacher = open_model(self.teacher, in_float=True)
+        sizes = [each.config.vocabulary for each in (teacher, model)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"--teacher {self.teacher} has {sizes[0]} tokens, but {model.name} has "
+                f"{sizes[1]}: give a teacher with the same tokenizer"
+            )
+        return teacher
+
+    def rows(
+        self, model: Model, teacher: Model | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Windows to train on, and held-out ones.
+
+        Raises:
+          ValueError: a text is too short or named beside generated data, or the model
+            has no tokenizer.
+        """
+        options = self.training
+        if self.data == "text":
+            return options.rows(model)
+        if options.text is not None or options.dataset is not None:
+            raise ValueError(
+                "--data generated needs no text: leave out --text and --dataset"
+            )
+        writer = model if teacher is None else teacher
+        rows = generated_rows(
+            writer.f,
+            writer.params,
+            model.config.vocabulary,
+            self.windows + options.held_out,
+            min(options.length, getattr(model.config, "context", options.length)),
+            jax.random.fold_in(options.key(), 1),
+        )
+        return rows[: -options.held_out], rows[-options.held_out :]
 
     def step(self) -> QAT:
         """The recipe that the options describe."""

@@ -7,7 +7,20 @@ checkpoint's tensors, and `PREFIX`, which bare checkpoints leave out of their na
 
 from types import ModuleType
 
-from qjax.models import bert, gpt2, llama, mistral, opt, qwen2, qwen3, qwen3_moe
+from qjax.models import (
+    bert,
+    gemma2,
+    gemma3,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from qjax.models.functional import Function, functional
 from qjax.models.generate import generate
 
@@ -15,10 +28,14 @@ __all__ = ["ARCHITECTURES", "Function", "architecture", "functional", "generate"
 
 ARCHITECTURES: dict[str, ModuleType] = {
     "bert": bert,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
     "gpt2": gpt2,
     "llama": llama,
     "mistral": mistral,
+    "mixtral": mixtral,
     "opt": opt,
+    "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,

@@ -36,6 +36,16 @@ class Fields:
             lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0,
         )
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of so many positive numbers."""
+        found = self._checked(
+            name,
+            _REQUIRED,
+            f"a list of {count} positive numbers",
+            lambda x: isinstance(x, (list, tuple)) and len(x) == count,
+        )
+        return tuple(float(Fields({name: x}).number(name)) for x in found)
+
     def flag(self, name: str, default: Any = _REQUIRED) -> Any:
         """True or false."""
         return self._checked(
@@ -56,6 +66,11 @@ class Fields:
             raise ValueError(
                 f"config.json: {name} is {found!r}, but only {value!r} is supported"
             )
+
+    def filled(self, **values: Any) -> "Fields":
+        """The same with values for what is absent or null."""
+        given = {name: x for name, x in self.raw.items() if x is not None}
+        return Fields({**values, **given})
 
     def table(self, name: str) -> "Fields | None":
         """A nested object, or None."""
@@ -111,14 +126,21 @@ def layer_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     window = fields.integer("sliding_window", None)
     if window is None or not fields.flag("use_sliding_window", False):
         return (None,) * layers
-    kinds = fields.raw.get("layer_types")
+    first = fields.raw.get("max_window_layers", 28)
+    sliding = attention_kinds(fields, tuple(i >= first for i in range(layers)))
+    return tuple(window if each else None for each in sliding)
+
+
+def attention_kinds(fields: Fields, default: tuple[bool, ...]) -> tuple[bool, ...]:
+    """For every layer, whether its attention has a sliding window."""
+    kinds, layers = fields.raw.get("layer_types"), len(default)
     if kinds is None:
-        first = fields.raw.get("max_window_layers", 28)
-        return tuple(window if i >= first else None for i in range(layers))
+        return default
     known = ("sliding_attention", "full_attention")
-    if len(kinds) != layers or any(kind not in known for kind in kinds):
+    listed = isinstance(kinds, (list, tuple)) and len(kinds) == layers
+    if not listed or any(kind not in known for kind in kinds):
         raise ValueError(
             f"config.json: layer_types is {kinds!r}, expected {layers} entries out of "
             + ", ".join(known)
         )
-    return tuple(window if kind == known[0] else None for kind in kinds)
+    return tuple(kind == known[0] for kind in kinds)

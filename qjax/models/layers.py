@@ -116,14 +116,24 @@ def attention(
     v: Float[Array, "B S G d"],
     mask: Bool[Array, "B T S"],
     scale: float,
+    cap: float | None = None,
 ) -> Float[Array, "B T Hd"]:
-    """Softmax attention in which `H / G` query heads share a key-value head."""
+    """Softmax attention in which `H / G` query heads share a key-value head.
+
+    `cap` bounds the scores by `soft_cap`.
+    """
     b, t, h, d = q.shape
     q = q.reshape(b, t, k.shape[2], h // k.shape[2], d)
     scores = jnp.einsum("btgqd,bsgd->bgqts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * scale, jnp.finfo(jnp.float32).min)
+    scores = soft_cap(scores * scale, cap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bgqts,bsgd->btgqd", weights, v).reshape(b, t, h * d)
+
+
+def soft_cap(x: Any, cap: float | None) -> Any:
+    """`cap * tanh(x / cap)`, which stays between -cap and cap; None changes nothing."""
+    return x if cap is None else jnp.tanh(x / cap) * cap
 
 
 class RMSNorm(nnx.Module):
@@ -139,6 +149,21 @@ class RMSNorm(nnx.Module):
         power = jnp.mean(wide * wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(power + self.epsilon)
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class OffsetRMSNorm(nnx.Module):
+    """`x / rms(x) * (1 + scale)`, computed in float32: Gemma's."""
+
+    def __init__(self, features: int, epsilon: float, *, dtype: Any):
+        self.scale = nnx.Param(jnp.zeros((features,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*S D"]) -> Float[Array, "*S D"]:
+        """Normalise the last axis."""
+        wide = x.astype(jnp.float32)
+        power = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(power + self.epsilon)
+        return (normed * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
 
 
 def linear(

@@ -1,13 +1,13 @@
 """Llama 1, 2 and 3 (Touvron et al., 2023; Grattafiori et al., 2024).
 
 The block of Mistral, Qwen2 and Qwen3 too: they differ in a bias, a norm or a window,
-which are fields of `Config`.
+which are fields of `Config`. Gemma, Mixtral and Phi-3 replace parts of it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -29,6 +29,7 @@ class Config:
       tied: whether the embedding is also the head.
       qkv_bias, out_bias, mlp_bias: which linears have a bias.
       qk_norm: RMSNorm on the heads of queries and keys (Qwen3).
+      activation: of the MLP's gate, a key of `layers.ACTIVATIONS`.
       windows: per layer, how many tokens back a query sees; None sees all.
     """
 
@@ -48,14 +49,24 @@ class Config:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    activation: str = "silu"
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: Config, *, dtype: Any, rngs: nnx.Rngs):
+    norm: Any = layers.RMSNorm
+
+    def __init__(self, config: Any, *, dtype: Any, rngs: nnx.Rngs):
         self.config = config
-        self.attention = layers.attention
+        self.attention, self.scale = layers.attention, config.head_dim**-0.5
+        self.make_projections(config, dtype=dtype, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = self.norm(config.head_dim, config.epsilon, dtype=dtype)
+            self.k_norm = self.norm(config.head_dim, config.epsilon, dtype=dtype)
+
+    def make_projections(self, config: Any, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        """The linears of the layer."""
         wide, narrow = (n * config.head_dim for n in (config.heads, config.kv_heads))
 
         def make(n_in, n_out, bias):
@@ -65,28 +76,32 @@ class Attention(nnx.Module):
         self.k_proj = make(config.features, narrow, config.qkv_bias)
         self.v_proj = make(config.features, narrow, config.qkv_bias)
         self.o_proj = make(wide, config.features, config.out_bias)
-        if config.qk_norm:
-            self.q_norm = layers.RMSNorm(config.head_dim, config.epsilon, dtype=dtype)
-            self.k_norm = layers.RMSNorm(config.head_dim, config.epsilon, dtype=dtype)
+
+    def project(self, x: Float[Array, "B T D"]) -> tuple[Any, Any, Any]:
+        """Queries, keys and values, the heads side by side."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def __call__(self, x, kv, step, layer, window):
         """Attend; returns the output and the updated cache."""
         c = self.config
-        q = layers.split_heads(self.q_proj(x), c.heads)
-        k = layers.split_heads(self.k_proj(x), c.kv_heads)
-        v = layers.split_heads(self.v_proj(x), c.kv_heads)
+        q, k, v = self.project(x)
+        q = layers.split_heads(q, c.heads)
+        k, v = layers.split_heads(k, c.kv_heads), layers.split_heads(v, c.kv_heads)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = c.rope.rotate(q, step.positions), c.rope.rotate(k, step.positions)
+        rope = c.rope.of_layer(layer)
+        q, k = rope.rotate(q, step.positions), rope.rotate(k, step.positions)
         k, v, kv = layers.remember(kv, layer, step, k, v)
         mask = layers.causal_mask(step, window)
-        return self.o_proj(self.attention(q, k, v, mask, c.head_dim**-0.5)), kv
+        return self.o_proj(self.attention(q, k, v, mask, self.scale)), kv
 
 
 class MLP(nnx.Module):
-    """The gated feed-forward layer, `down(silu(gate(x)) * up(x))`."""
+    """The gated feed-forward layer, `down(f(gate(x)) * up(x))`."""
 
     def __init__(self, config: Config, *, dtype: Any, rngs: nnx.Rngs):
+        self.activation = layers.ACTIVATIONS[config.activation]
+
         def make(n_in, n_out):
             return layers.linear(
                 n_in, n_out, bias=config.mlp_bias, dtype=dtype, rngs=rngs
@@ -98,15 +113,17 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every token alone."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nnx.Module):
     """Attention and MLP, each normed before and added after."""
 
+    attention: Any = Attention
+
     def __init__(self, config: Any, index: int, *, dtype: Any, rngs: nnx.Rngs):
         self.attn_norm = layers.RMSNorm(config.features, config.epsilon, dtype=dtype)
-        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.attn = self.attention(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = layers.RMSNorm(config.features, config.epsilon, dtype=dtype)
         self.mlp = self.make_mlp(config, index, dtype=dtype, rngs=rngs)
 
@@ -125,6 +142,7 @@ class Llama(nnx.Module):
     """Tokens to logits."""
 
     block: Any = Block
+    final_norm: Any = layers.RMSNorm
 
     def __init__(
         self,
@@ -145,7 +163,7 @@ class Llama(nnx.Module):
             rngs,
             scan_layers,
         )
-        self.norm = layers.RMSNorm(config.features, config.epsilon, dtype=dtype)
+        self.norm = self.final_norm(config.features, config.epsilon, dtype=dtype)
         if not config.tied:
             self.lm_head = layers.linear(
                 config.features, config.vocabulary, bias=False, dtype=dtype, rngs=rngs
@@ -164,16 +182,24 @@ class Llama(nnx.Module):
         `mask` is False on padding; `positions` count the other tokens unless given.
         """
         x, cache = self.hidden(tokens, cache, positions=positions, mask=mask)
-        logits = (
-            layers.tied_head(x, self.embed) if self.config.tied else self.lm_head(x)
-        )
+        logits = self.logits(x)
         return logits if cache is None else (logits, cache)
+
+    def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer sees."""
+        return self.embed(tokens)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The head."""
+        if self.config.tied:
+            return layers.tied_head(x, self.embed)
+        return self.lm_head(x)
 
     def hidden(self, tokens, cache=None, *, positions=None, mask=None):
         """What the head sees, `[B, T, D]`, and the cache."""
         step, cache = layers.begin(tokens, cache, positions, mask)
         x, cache = layers.decode(
-            self, self.embed(tokens), step, cache, self.config.windows
+            self, self.embedded(tokens), step, cache, self.config.windows
         )
         return self.norm(x), cache
 
@@ -198,7 +224,7 @@ def from_fields(fields: Fields) -> Config:
 
 
 def common(fields: Fields) -> Config:
-    """What Llama, Mistral and Qwen say in the same fields."""
+    """What models of this kind say in the same fields."""
     fields.choice("hidden_act", ("silu",), "silu")
     heads, kv_heads, head_dim = head_sizes(fields)
     context = fields.integer("max_position_embeddings", 2048)
@@ -229,17 +255,19 @@ def names(config: Config) -> tuple[Name, ...]:
     return (*outer_names(config), *attention_names(config), *mlp_names(config))
 
 
-def outer_names(config: Config) -> list[Name]:
+NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
+
+
+def outer_names(config: Config, norms: Mapping[str, str] = NORMS) -> list[Name]:
     """Embedding, norms and head."""
-    block = "model.layers.{layer}."
     rows = [
         Name("model.embed_tokens.weight", "embed/embedding"),
         Name("model.norm.weight", "norm/scale"),
-        Name(block + "input_layernorm.weight", "layers/{layer}/attn_norm/scale"),
-        Name(
-            block + "post_attention_layernorm.weight", "layers/{layer}/mlp_norm/scale"
-        ),
     ]
+    for hf, own in norms.items():
+        rows.append(
+            Name(f"model.layers.{{layer}}.{hf}.weight", f"layers/{{layer}}/{own}/scale")
+        )
     return rows if config.tied else rows + linear_names("lm_head", "lm_head", False)
 
 

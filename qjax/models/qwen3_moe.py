@@ -114,11 +114,7 @@ def from_fields(fields: Fields) -> Config:
     base = qwen3.from_fields(fields)
     # transformers 5 writes the number of experts under its own name for it.
     count = "num_local_experts" if "num_local_experts" in fields.raw else "num_experts"
-    experts, chosen = fields.integer(count), fields.integer("num_experts_per_tok", 8)
-    if chosen > experts:
-        raise ValueError(
-            f"config.json: num_experts_per_tok is {chosen}, expected at most {experts}"
-        )
+    experts, chosen = chosen_experts(fields, count, 8)
     step = fields.integer("decoder_sparse_step", 1)
     dense = fields.raw.get("mlp_only_layers") or ()
     # Unlike Qwen3, a window is for all layers.
@@ -138,6 +134,17 @@ def from_fields(fields: Fields) -> Config:
             i not in dense and (i + 1) % step == 0 for i in range(base.layers)
         ),
     )
+
+
+def chosen_experts(fields: Fields, count: str, default: int) -> tuple[int, int]:
+    """How many experts there are, by the field `count`, and how many see a token."""
+    experts = fields.integer(count)
+    chosen = fields.integer("num_experts_per_tok", default)
+    if chosen > experts:
+        raise ValueError(
+            f"config.json: num_experts_per_tok is {chosen}, expected at most {experts}"
+        )
+    return experts, chosen
 
 
 def build(config: Config, *, scan_layers: bool = False, **options: Any) -> nnx.Module:

@@ -222,6 +222,7 @@ class Folder:
             target.kind,
             structure_of(start.eqn),
             self._views(start),
+            None if target.op is not None else self._way(target, start),
             tuple(
                 (structure_of(op.eqn), side, _shapes(op), self._views(op))
                 for op, side in chain
@@ -274,25 +275,40 @@ class Folder:
             call = target.op.call
             row = jnp.arange(call.layout.N, dtype=jnp.float32)
             return call.finish(jnp.broadcast_to(row, (call.M, call.layout.N)))
-        weight = self._weight_of(start, target)
+        weight, way = self._operand(start, target)
         size = np.prod(weight.view.leaf_shape, dtype=int)
         numbers = jnp.arange(size, dtype=jnp.float32).reshape(weight.view.leaf_shape)
         value = weight.view.of_array(numbers)
-        if value.ndim != len(shape):
+        for op in way:
+            value = _send(op, 0, value)
+        if value is None or value.ndim != len(shape):
             return None
         return jnp.broadcast_to(value, shape)
 
     def _weight_of(self, start: Op, target: Target) -> Weight:
-        """The leaf's view as the multiplication sees it."""
+        return self._operand(start, target)[0]
+
+    def _way(self, target: Target, start: Op) -> Any:
+        """The structure of what makes the gain."""
+        weight, way = self._operand(start, target)
+        return weight.view, tuple((structure_of(op.eqn), _shapes(op)) for op in way)
+
+    def _operand(self, start: Op, target: Target) -> tuple[Weight, list[Op]]:
+        """The leaf's view, and the operations from there to the multiplication.
+
+        There are some where a gain is `1 + g`: the sum, and what broadcasts it.
+        """
         for x in start.ins:
+            way: list[Op] = []
             while isinstance(x, int) and x not in self.tape.weights:
                 op = self.maker.get(x)
                 names = [] if op is None else [i for i in op.ins if isinstance(i, int)]
                 x = names[0] if len(names) == 1 else None
+                way = way if op is None else [op, *way]
             if x is not None and isinstance(x, int):
                 weight = self.tape.weights[x]
                 if (weight.leaf, weight.index) == target.key:
-                    return weight
+                    return weight, way
         raise ValueError("the gain is no operand of the product")
 
 

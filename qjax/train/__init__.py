@@ -2,9 +2,10 @@
 
 from qjax.train.binaryconnect import BinaryConnect
 from qjax.train.bitnet import BitNet
-from qjax.train.dorefa import DoReFa
+from qjax.train.dorefa import DoReFa, DoReFaGradients
 from qjax.train.finish import finalize
 from qjax.train.initialise import initialise_lora
+from qjax.train.llm_qat import distillation_loss, generated_rows
 from qjax.train.loftq import LoftQ
 from qjax.train.lora import Adapters, LoRA, lora, merge_lora
 from qjax.train.lsq import LSQ
@@ -31,6 +32,7 @@ __all__ = [
     "BinaryConnect",
     "BitNet",
     "DoReFa",
+    "DoReFaGradients",
     "LSQPlus",
     "LoRA",
     "LoftQ",
@@ -39,8 +41,10 @@ __all__ = [
     "PiSSA",
     "QState",
     "StraightThrough",
+    "distillation_loss",
     "fake_quantize",
     "finalize",
+    "generated_rows",
     "initialise_lora",
     "lora",
     "merge_lora",

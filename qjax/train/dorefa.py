@@ -8,16 +8,22 @@ With `quantize_k(r) = round((2^k - 1) r) / (2^k - 1)`, straight-through (eq. 5):
     weights, k = 1:  sign(w) mean|w|                                          (eq. 7)
     activations:     quantize_k(clip(x, 0, 1))                                (eq. 11)
 
-Maximum and mean are those of the layer. The paper also quantizes gradients (eq. 12),
-which is not done here.
+Maximum and mean are those of the layer. The gradient of what a site gives out, before
+it goes back through the site, with noise `N = u / (2^k - 1)`, `u` even in [-1/2, 1/2]:
+
+    2 m [quantize_k(d / (2 m) + 1/2 + N) - 1/2]                               (eq. 12)
+
+where `m = max|d|` over each example of the batch, the first axis.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
 
 from qjax.core.formats import Binary, Format, Int, tensor
 from qjax.core.qtensor import Activation
@@ -90,3 +96,55 @@ class DoReFa(WeightQuantizer, InputQuantizer):
     def input_estimate(self, x: Float32[Array, "... K M"], trained: Trained) -> Any:
         """`clip(x, 0, 1)`."""
         return clamp(x, np.float32(0), np.float32(1))
+
+
+@dataclass(frozen=True)
+class DoReFaGradients:
+    """`k`-bit gradients, for `QAT(..., gradients=DoReFaGradients(6))`.
+
+    Args:
+      bits: 2 to 8; 6, as in most of the paper's results.
+
+    Raises:
+      ValueError: a field out of range.
+    """
+
+    bits: int = 6
+
+    def __post_init__(self):
+        check_bits("DoReFaGradients", self.bits, 2, 8)
+
+    def __call__(self, y: Float[Array, "B ..."], key: Any) -> Float[Array, "B ..."]:
+        """`y`, whose gradient is rounded on the way back.
+
+        Without a key there is no noise, and gradients stay as they are.
+        """
+        return y if key is None else _rounded_back(y, key, self.bits)
+
+
+def rounded_gradient(
+    d: Float[Array, "B ..."], key: Any, bits: int
+) -> Float[Array, "B ..."]:
+    """Eq. 12."""
+    wide, steps = d.astype(jnp.float32), np.float32(2**bits - 1)
+    most = jnp.max(jnp.abs(wide), axis=tuple(range(1, d.ndim)), keepdims=True)
+    safe = jnp.where(most == 0, 1, most)
+    noise = jax.random.uniform(key, d.shape, jnp.float32, -0.5, 0.5)
+    levels = jnp.round((wide / (2 * safe) + 0.5) * steps + noise) / steps
+    return (2 * most * (levels - 0.5)).astype(d.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rounded_back(y: Any, key: Any, bits: int) -> Any:
+    return y
+
+
+def _forward(y: Any, key: Any, bits: int) -> tuple[Any, Any]:
+    return y, key
+
+
+def _backward(bits: int, key: Any, d: Any) -> tuple[Any, None]:
+    return rounded_gradient(d, key, bits), None
+
+
+_rounded_back.defvjp(_forward, _backward)

@@ -31,8 +31,9 @@ class FakeQuantized(Carrier):
       trained: what the weights' method learned, `[*layers, *experts, ...]` each.
       records: for each site, what the input's method learned or observed, and `live`,
         whether the input is quantized by now (absent: it is).
-      key: for stochastic rounding, one key per layer; None rounds to nearest.
-      weights, inputs: the methods; `inputs` is None where activations stay in float.
+      key: for what is drawn at random, one key per layer; None rounds to nearest.
+      weights, inputs, gradients: the methods; None where activations or gradients stay
+        in float.
       watching: nothing is quantized, inputs are only looked at.
     """
 
@@ -45,6 +46,7 @@ class FakeQuantized(Carrier):
     weights: WeightQuantizer
     inputs: InputQuantizer | None
     watching: bool = False
+    gradients: Any = None
 
     @property
     def acts(self) -> tuple[Any, ...]:
@@ -83,7 +85,7 @@ class FakeQuantized(Carrier):
 register(
     FakeQuantized,
     ("leaf", "trained", "records", "key"),
-    ("layout", "dtype", "weights", "inputs", "watching"),
+    ("layout", "dtype", "weights", "inputs", "watching", "gradients"),
 )
 
 
@@ -99,6 +101,10 @@ def fake_rule(
     if leaf.inputs is not None and coded:
         given[call.operand], seen = _input(eqn, call, leaf, operands, site)
     output = compat.bind(eqn, [as_array(x) for x in given])[0]
+    if leaf.gradients is not None and leaf.key is not None:
+        # The layers of a stack that is read by index share their noise.
+        key = leaf.key if leaf.key.ndim == 0 else leaf.key.reshape(-1)[0]
+        output = leaf.gradients(output, jax.random.fold_in(key, site))
     return output, "fake-quantized", seen
 
 

@@ -164,11 +164,12 @@ def _carrier(plan: Plan, qstate: QState, key: Any, leaf: Any) -> FakeQuantized:
         ranges = qstate.observed["ranges"][plan.path]
         acts = tuple({**each, "live": inputs.live(each, step)} for each in ranges)
     keys = None
-    if key is not None and plan.step.weights.rounding == "stochastic":
+    random = plan.step.weights.rounding == "stochastic" or plan.step.gradients
+    if key is not None and random:
         keys = layer_keys(key, plan.path, plan.layers)
     return FakeQuantized(
         leaf, trained["weights"], acts, keys, plan.layout, plan.dtype,
-        plan.step.weights, inputs,
+        plan.step.weights, inputs, gradients=plan.step.gradients,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from qjax.core.layout import Layout
 from qjax.core.pytrees import register
 from qjax.methods.base import check_patterns
+from qjax.train.dorefa import DoReFaGradients
 from qjax.train.quantizers import InputQuantizer, WeightQuantizer
 
 
@@ -16,6 +17,8 @@ class QAT:
     Args:
       weights: a method for weights, such as `LSQ(4)`.
       activations: a method for activations, such as `PACT(4)`; None: float.
+      gradients: a method for the gradients of what sites give out, `DoReFaGradients()`;
+        they are quantized where `f_qat` is given a key. None: float.
       targets: patterns of the sites to take; None takes all but the head, routers and
         embeddings.
       ignore: patterns of the sites to leave.
@@ -28,6 +31,7 @@ class QAT:
     activations: Any = None
     targets: str | tuple[str, ...] | None = None
     ignore: str | tuple[str, ...] = ()
+    gradients: Any = None
 
     def __post_init__(self):
         check_patterns("QAT", self.targets, self.ignore)
@@ -41,6 +45,13 @@ class QAT:
             raise TypeError(
                 "QAT.activations must be a method for activations such as PACT(4), or "
                 f"None, got {own!r}"
+            )
+        if self.gradients is not None and not isinstance(
+            self.gradients, DoReFaGradients
+        ):
+            raise TypeError(
+                "QAT.gradients must be DoReFaGradients(...) or None, got "
+                f"{self.gradients!r}"
             )
         # A method that does not fit its role says so when asked for its format.
         _ = self.weights.weight_format

@@ -116,6 +116,7 @@ GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions"
 MODELS = {
     "llama": {**SMALL, "num_key_value_heads": 2},
     "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
+    "gemma3_text": {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
     "gpt2": GPT2,
     "bert": SMALL,
 }
@@ -148,6 +149,16 @@ def test_the_function_stays(kind):
     assert all("norm" in into[name] for name in taken)
     for row in report.transforms:
         assert bool(row.remark) != bool(row.into)
+
+
+def test_scales_of_gated_layers_are_folded_too():
+    f, params = model("gemma3_text")
+    q, report = transformed(f, params, [(TOKENS,)], AWQ(n_grid=4))
+    assert difference(f, params, q, (TOKENS,)) < 1e-5
+    into = {row.names[0].split("/")[3]: row.into for row in report.transforms}
+    assert "up_proj" in into["down_proj"]
+    gains = (p["layers"]["0"]["mlp_norm"]["scale"] for p in (params, q))
+    assert not np.allclose(*gains)
 
 
 def test_what_cannot_be_folded_stays_on_the_activation():

@@ -77,6 +77,23 @@ LLAMA3 = {
 }
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+GEMMA = {**SMALL, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+PHI = {**SMALL, "pad_token_id": 0}
+
+
+def phi_long(context: int) -> dict[str, Any]:
+    """LongRoPE that was first trained on so many tokens."""
+    factors = {"short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [1.0, 2, 3, 5]}
+    parameters = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
+    first = {"original_max_position_embeddings": context}
+    return {**PHI, **first, "rope_parameters": parameters | first}
+
+
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
 
 CASES = (
     Case("llama", "llama", SMALL),
@@ -98,6 +115,16 @@ CASES = (
     Case("qwen3", "qwen3", {**SMALL, "head_dim": 16}),
     Case("qwen3_moe", "qwen3_moe", {**SMALL, **EXPERTS}),
     Case("qwen3_moe_mixed", "qwen3_moe", {**SMALL, **EXPERTS, "mlp_only_layers": [0]}),
+    Case("mixtral", "mixtral", {**SMALL, "num_local_experts": 4}),
+    Case("gemma2", "gemma2", {**GEMMA, **CAPS}),
+    Case(
+        "gemma3",
+        "gemma3_text",
+        {**GEMMA, "sliding_window_pattern": 2, "rope_parameters": GEMMA3_ROPES},
+    ),
+    Case("phi3", "phi3", {**PHI, "sliding_window": 5, "partial_rotary_factor": 0.5}),
+    Case("phi3_short", "phi3", phi_long(32)),
+    Case("phi3_long", "phi3", phi_long(8)),
     Case("gpt2", "gpt2", GPT2),
     Case("opt", "opt", OPT),
     Case(
@@ -209,7 +236,10 @@ def test_scanned_equals_unrolled(case: Case, saved):
         assert leaf.shape[0] == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3_moe", "bert"])
+PADDED = ["llama", "gpt2", "opt", "qwen3_moe", "gemma3", "bert"]
+
+
+@pytest.mark.parametrize("name", PADDED)
 def test_padding_changes_nothing(name: str, saved):
     found = saved(name)
     ids = jnp.asarray(tokens(), jnp.int32)

@@ -86,6 +86,21 @@ def test_qat_trains_resumes_and_saves(model, text, tmp_path, capsys):
     assert all(np.array_equal(arrays[0][n], arrays[1][n]) for n in arrays[0])
 
 
+def test_qat_without_data_learns_the_teachers_logits(model, text, tmp_path, capsys):
+    options = ["--teacher=self", "--data=generated", "--windows=6", *TRAINING]
+    options += ["--method=ste", "--bits=8"]
+    code, printed = run(capsys, "qat", model, tmp_path / "a", *options)
+    assert code == 0, printed.err
+    # At 8 bits the start is at the least that can be had: the teacher's entropy.
+    found = losses(tmp_path / "a.run")
+    assert max(found) - min(found) < 0.02 and max(found) < np.log(128)
+    code, printed = run(capsys, "qat", model, tmp_path / "b", *options, "--text=x")
+    assert code == 1 and "--data generated needs no text" in printed.err
+    options[0] = "--teacher=bundled"
+    code, printed = run(capsys, "qat", model, tmp_path / "b", *options)
+    assert code == 1 and "has 4096 tokens, but" in printed.err
+
+
 def test_finetune_writes_a_peft_folder(model, text, tmp_path, capsys):
     options = ["--scheme=NF4_DQ", "--rank=4", "--dropout=0.1", *TRAINING]
     out = tmp_path / "adapter"
