@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import qjax
 from qjax import cuts, results
 from qjax.cli import main
 from qjax.commands.calibration import CalibrationText
+from qjax.commands.inputs import Model
 from qjax.commands.quantize import Quantize
 from qjax.data import Text
 
@@ -76,12 +76,18 @@ class Letters:
         return {"input_ids": start + [ord(c) for c in text]}
 
 
+def of_letters(config):
+    model = Model("m", print, {}, config, Path(), scan_layers=False)
+    model.__dict__["tokenizer"] = Letters()  # in place of the folder's
+    return model
+
+
 def test_texts_are_cut_as_papers_cut_them(tmp_path):
     rows = [{"text": f" document {i}, " + "ab" * (i % 7)} for i in range(40)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = SimpleNamespace(context=16)
-    model: Any = SimpleNamespace(tokenizer=Letters(), config=config, name="m")
+    model = of_letters(config)
     options = {"text": file, "samples": 9, "length": 64, "batch": 4, "seed": 5}
 
     def found(cut):
@@ -103,7 +109,7 @@ def test_texts_are_cut_as_papers_cut_them(tmp_path):
 def test_a_cut_needs_one_text_that_is_not_evaluated(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "x"}')
-    model: Any = SimpleNamespace(tokenizer=Letters(), config=None, name="m")
+    model = of_letters(None)
     with pytest.raises(ValueError, match="cut gptq needs one of"):
         CalibrationText(cut="gptq").batches(model)
     with pytest.raises(ValueError, match="is evaluated: give another"):
