@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 Encode = Callable[[Any], Sequence[int]]
+Rows = Any  # a sequence, or a `datasets.Dataset`, which has a length and items only
 
 
 def random_windows(
@@ -50,7 +51,7 @@ def random_windows(
 
 
 def document_windows(
-    rows: Sequence[Any],
+    rows: Rows,
     encode: Encode,
     samples: int = 128,
     length: int = 2048,
@@ -137,7 +138,7 @@ def first_documents(
     return found
 
 
-def shuffled(rows: Sequence[Any], seed: int = 42) -> Iterable[Any]:
+def shuffled(rows: Rows, seed: int = 42) -> Iterable[Any]:
     """Rows in the order that `datasets.Dataset.shuffle(seed)` gives them."""
     order = np.random.default_rng(seed).permutation(len(rows))
     return (rows[int(i)] for i in order)

@@ -141,14 +141,16 @@ class CalibrationText:
                 f"{self.text} is evaluated: give another --calibration.text"
             )
         corpus = load_corpus(self.text or str(self.dataset))
+        rows: Any = corpus.rows
         if self.cut == "awq":
-            rows = cuts.shuffled(list(corpus.rows), self.seed)
-            encode = encoder(tokenizer, strip=True)
-            return cuts.blocks(rows, encode, self.samples, length)
-        if self.dataset == "c4":
-            return cuts.document_windows(
-                list(corpus.rows), encoder(tokenizer), self.samples, length, self.seed
+            encode, mixed = (
+                encoder(tokenizer, strip=True),
+                cuts.shuffled(rows, self.seed),
             )
+            return cuts.blocks(mixed, encode, self.samples, length)
+        if self.dataset == "c4":
+            encode = encoder(tokenizer)
+            return cuts.document_windows(rows, encode, self.samples, length, self.seed)
         tokens = encode_text(tokenizer, corpus.text(tokenizer))
         return cuts.random_windows(tokens, self.samples, length, self.seed)
 
