@@ -45,5 +45,5 @@ clean:
 	touch $@
 
 .venv/.test: $(DEPENDS) | .venv/bin/python
-	$(INSTALL) -e '.[test,parity]'
+	$(INSTALL) -e '.[test,parity,eval]'
 	touch $@

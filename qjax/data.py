@@ -70,14 +70,14 @@ def file_text(path: str | Path) -> Text:
 
 def wikitext2_text() -> Text:
     """WikiText-2 raw, test split, lines joined by blank lines (GPTQ, AWQ)."""
-    rows = _dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+    rows = hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
     return Text("wikitext2", "\n\n".join(rows["text"]))
 
 
 def ptb_text() -> Text:
     """Penn Treebank, test split, sentences joined by spaces (GPTQ's ptb-new)."""
     # The dataset is a loading script; the hub keeps its rows as parquet here.
-    rows = _dataset(
+    rows = hub_dataset(
         "ptb-text-only/ptb_text_only",
         revision="refs/convert/parquet",
         data_files={"test": "penn_treebank/test/*.parquet"},
@@ -89,7 +89,7 @@ def ptb_text() -> Text:
 def c4_text() -> Text:
     """C4, first 1100 documents of validation shard 0 by spaces (GPTQ's c4-new)."""
     shard = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    rows = _dataset("allenai/c4", data_files=shard, split="validation")
+    rows = hub_dataset("allenai/c4", data_files=shard, split="validation")
     return Text("c4", " ".join(rows[:1100]["text"]), max_windows=C4_WINDOWS)
 
 
@@ -114,7 +114,8 @@ def load_text(name: str) -> Text:
     return TEXTS[name]()
 
 
-def _dataset(path: str, *names: str, **options: Any) -> Any:
+def hub_dataset(path: str, *names: str, **options: Any) -> Any:
+    """What `datasets.load_dataset` gives, or an OSError in one sentence."""
     # Importing it takes seconds and most runs need no dataset.
     import datasets  # noqa: PLC0415
     from datasets.exceptions import DatasetsError  # noqa: PLC0415

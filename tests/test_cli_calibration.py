@@ -2,14 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
 import qjax
-from qjax import results
+from qjax import cuts, results
 from qjax.cli import main
+from qjax.commands.calibration import CalibrationText
+from qjax.commands.inputs import Model
 from qjax.commands.quantize import Quantize
+from qjax.data import Text
 
 # With torch at hand transformers imports it, and hqq, for any tokenizer.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -61,3 +66,52 @@ def test_quantize_calibrates_and_reports(folder, text, tmp_path, capfd):
 def test_a_transform_with_a_scheme_is_followed_by_rounding():
     steps = Quantize("bundled", Path("out"), "smoothquant", "W8A8").make_recipe()
     assert steps == (qjax.SmoothQuant(), qjax.RTN("W8A8"))
+
+
+class Letters:
+    """A token per character, after a start token."""
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        start = [0] if add_special_tokens else []
+        return {"input_ids": start + [ord(c) for c in text]}
+
+
+def of_letters(config):
+    model = Model("m", print, {}, config, Path(), scan_layers=False)
+    model.__dict__["tokenizer"] = Letters()  # in place of the folder's
+    return model
+
+
+def test_texts_are_cut_as_papers_cut_them(tmp_path):
+    rows = [{"text": f" document {i}, " + "ab" * (i % 7)} for i in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = SimpleNamespace(context=16)
+    model = of_letters(config)
+    options = {"text": file, "samples": 9, "length": 64, "batch": 4, "seed": 5}
+
+    def found(cut):
+        batches = CalibrationText(cut=cut, **options).batches(model)
+        assert all(tokens.shape[0] <= 4 for (tokens,) in batches)
+        return np.concatenate([tokens for (tokens,) in batches])
+
+    joined = "\n\n".join(row["text"] for row in rows)
+    tokens = np.array([0, *map(ord, joined)])
+    np.testing.assert_array_equal(
+        found("gptq"), cuts.random_windows(tokens, 9, 16, seed=5)
+    )
+    order = np.random.default_rng(5).permutation(40)[:9]
+    flat = [t for i in order for t in (0, *map(ord, rows[i]["text"].strip()))]
+    blocks = np.array(flat[: len(flat) // 16 * 16]).reshape(-1, 16)
+    np.testing.assert_array_equal(found("awq"), blocks)
+
+
+def test_a_cut_needs_one_text_that_is_not_evaluated(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "x"}')
+    model = of_letters(None)
+    with pytest.raises(ValueError, match="cut gptq needs one of"):
+        CalibrationText(cut="gptq").batches(model)
+    with pytest.raises(ValueError, match="is evaluated: give another"):
+        text = Text("rows.jsonl", "x")
+        CalibrationText(cut="awq", text=file).batches(model, (text, 1))

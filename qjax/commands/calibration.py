@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from qjax import cuts
 from qjax.commands.inputs import Model, TextOptions
+from qjax.corpora import encoder, load_corpus
 from qjax.data import Text, encode_text, windows
 
 
@@ -62,11 +64,17 @@ class CalibrationText:
     """The text to calibrate with. Evaluate on another one."""
 
     text: Path | None = None
-    """A UTF-8 text file, in place of a dataset."""
+    """A UTF-8 text file, in place of a dataset; with --cut also .json, .jsonl or
+    .parquet with a column of texts, messages or instructions."""
     dataset: str | None = None
-    """A named text: pydoc (the default, offline), wikitext2, c4 or ptb."""
+    """A named text: pydoc (the default, offline), wikitext2, c4 or ptb; with --cut
+    training text: wikitext2, c4, ptb, pile or ultrachat."""
+    cut: Literal["drawn", "gptq", "awq"] = "drawn"
+    """How windows are cut: side by side, some of them drawn; at random places of the
+    text, as GPTQ; or out of short documents in random order, joined, as AWQ."""
     samples: int = 128
-    """Windows to calibrate with, drawn at random; fewer if the text is short."""
+    """Windows (with awq, documents) to calibrate with, drawn at random; fewer if the
+    text is short."""
     length: int = 512
     """Tokens in a window, at most the model's context."""
     batch: int = 4
@@ -99,9 +107,11 @@ class CalibrationText:
                 )
         if model.tokenizer is None:
             raise ValueError(f"{model.name} has no tokenizer to read the text with")
+        length = min(self.length, getattr(model.config, "context", None) or self.length)
+        if self.cut != "drawn":
+            return self._batched(self._cut(model.tokenizer, length, evaluated))
         text = self.load()
         tokens = encode_text(model.tokenizer, text)
-        length = min(self.length, getattr(model.config, "context", None) or self.length)
         if evaluated is not None and evaluated[0].sha256 == text.sha256:
             tokens = tokens[evaluated[1] :]
             if tokens.size < length:
@@ -110,9 +120,47 @@ class CalibrationText:
                     " left to calibrate with: give another --calibration.text or "
                     "--calibration.dataset"
                 )
-        return drawn(
-            windows(tokens, length).tokens, self.samples, self.batch, self.seed
+        return self._batched(
+            drawn(windows(tokens, length).tokens, self.samples, self.seed)
         )
+
+    def _batched(self, rows: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        return [(rows[i : i + self.batch],) for i in range(0, len(rows), self.batch)]
+
+    def _cut(
+        self, tokenizer: Any, length: int, evaluated: tuple[Text, int] | None
+    ) -> np.ndarray:
+        """Rows as GPTQ or AWQ cut them."""
+        if (self.text is None) == (self.dataset is None):
+            raise ValueError(
+                f"--calibration.cut {self.cut} needs one of --calibration.text and "
+                "--calibration.dataset"
+            )
+        if evaluated is not None and self.text and evaluated[0].name == self.text.name:
+            raise ValueError(
+                f"{self.text} is evaluated: give another --calibration.text"
+            )
+        corpus = load_corpus(self.text or str(self.dataset))
+        rows: Any = corpus.rows
+        if self.cut == "awq":
+            encode, mixed = (
+                encoder(tokenizer, strip=True),
+                cuts.shuffled(rows, self.seed),
+            )
+            return cuts.blocks(mixed, encode, self.samples, length)
+        if self.dataset == "c4":
+            encode = encoder(tokenizer)
+            return cuts.document_windows(rows, encode, self.samples, length, self.seed)
+        tokens = encode_text(tokenizer, corpus.text(tokenizer))
+        return cuts.random_windows(tokens, self.samples, length, self.seed)
+
+    def origin(self) -> dict[str, Any]:
+        """What the rows are of, for results."""
+        if self.cut != "drawn":
+            name = self.text.name if self.text else self.dataset
+            return {"name": name, "cut": self.cut, "seed": self.seed}
+        text = self.load()
+        return {"name": text.name, "sha256": text.sha256, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -128,11 +176,8 @@ class CalibrationOptions(CalibrationText):
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
 
-def drawn(
-    rows: np.ndarray, samples: int, batch: int, seed: int
-) -> list[tuple[np.ndarray, ...]]:
-    """Batches of rows drawn without replacement, in the text's order."""
+def drawn(rows: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """Rows drawn without replacement, in the text's order."""
     count = min(samples, len(rows))
     chosen = np.random.default_rng(seed).choice(len(rows), count, replace=False)
-    rows = rows[np.sort(chosen)]
-    return [(rows[i : i + batch],) for i in range(0, count, batch)]
+    return rows[np.sort(chosen)]

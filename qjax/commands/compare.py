@@ -92,14 +92,12 @@ class Compare:
         }
 
     def _calibration(self, batches: Batches) -> dict[str, Any]:
-        text, rows = self.calibration.load(), sum(len(rows) for rows, *_ in batches)
+        rows = sum(len(rows) for rows, *_ in batches)
         length = batches[0][0].shape[1]
         return {
-            "name": text.name,
-            "sha256": text.sha256,
+            **self.calibration.origin(),
             "rows": rows,
             "length": length,
-            "seed": self.calibration.seed,
         }
 
 

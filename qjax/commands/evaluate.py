@@ -1,4 +1,4 @@
-"""`qjax eval`: perplexity of a model, and how far it is from another."""
+"""`qjax eval`: perplexity of a model, how far it is from another, and its tasks."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ from rich.table import Table
 from qjax import results
 from qjax.commands.inputs import Dtype, Model, TextOptions, open_model
 from qjax.commands.output import wide_console
+from qjax.commands.tasks import TaskOptions, print_tasks, task_records
 from qjax.data import Text
 from qjax.evals import divergence, perplexity
 from qjax.io.describe import describe
@@ -19,10 +20,11 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Perplexity and next-token accuracy of a model on a text.
+    """Perplexity and next-token accuracy of a model on a text, or scores in tasks.
 
     With --reference also the KL divergence (nats per token) and the top-1 agreement
-    between the two models.
+    between the two models. With --tasks, zero-shot and other tasks of
+    lm-evaluation-harness in place of a text.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -30,6 +32,7 @@ class Evaluate:
     reference: str | None = None
     """A model to compare with, usually the same in full precision."""
     text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
+    task: tyro.conf.OmitArgPrefixes[TaskOptions] = field(default_factory=TaskOptions)
     dtype: Dtype = "float32"
     """Type to compute in."""
     out: Path | None = None
@@ -37,6 +40,14 @@ class Evaluate:
 
     def run(self) -> None:
         """Evaluate and print."""
+        if self.task.tasks:
+            self._run_tasks()
+        elif self.task != TaskOptions():
+            raise ValueError("the options of tasks need --tasks, which names them")
+        else:
+            self._run_text()
+
+    def _run_text(self) -> None:
         text, model = self.text.load(), open_model(self.model)
         metrics, context = self._measure(model, text)
         table = Table(title=f"{model.name} on {text.name}", show_header=False)
@@ -47,6 +58,19 @@ class Evaluate:
             config = describe(self)
             record = results.Record(model.name, config, metrics, context)
             results.append(self.out, record)
+
+    def _run_tasks(self) -> None:
+        if self.reference or self.text.text or self.text.dataset:
+            raise ValueError(
+                "--tasks brings its own texts: leave out --reference, --text and "
+                "--dataset"
+            )
+        model = open_model(self.model)
+        scores, context = self.task.evaluate(model, self.dtype, self.text.batch)
+        print_tasks(model.name, scores)
+        if self.out is not None:
+            for record in task_records(model.name, describe(self), scores, context):
+                results.append(self.out, record)
 
     def _measure(self, model: Model, text: Text) -> tuple[Values, Values]:
         """Metrics, and what they were measured on."""

@@ -44,7 +44,7 @@ class TextOptions:
     stride: int | None = None
     """Tokens between the starts of windows (None: side by side, as the papers)."""
     batch: int = 8
-    """Windows per batch."""
+    """Windows, or rows of a task, per batch."""
 
     def load(self) -> Text:
         """The text. Raises ValueError if two are asked for, OSError if none is had."""

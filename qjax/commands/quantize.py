@@ -20,7 +20,10 @@ from qjax.recipes import is_quantizer, needs_data, steps_of
 
 METHODS = {method.__name__.lower(): method for method in methods.METHODS}
 # What a Hugging Face folder holds beside its weights: configuration and tokenizer.
-SHELL = ("config.json", "generation_config.json", "*token*", "vocab.*", "merges.txt")
+SHELL = (
+    *("config.json", "generation_config.json", "*token*.json", "*token*.model"),
+    *("*token*.txt", "vocab.*", "merges.txt", "*.jinja"),
+)
 
 
 @dataclass(frozen=True)

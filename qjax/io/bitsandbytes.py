@@ -9,7 +9,7 @@ the largest magnitude of a row: `w = weight * SCB / 127`.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 import numpy as np
@@ -240,12 +240,14 @@ class Reader:
 def _levels(take: Take, K: int, N: int) -> Coded:
     name, state = _state(take)
     size, stored = state.get("blocksize"), state.get("shape")
-    if size not in BLOCKS or list(stored or ()) != [N, K] or K % size:
+    if size not in BLOCKS or stored != [N, K] or K % size:
         raise ValueError(
             f"{take.module}: the quantization state says blocks of {size!r} and shape "
             f"{stored!r}; config.json asks for {[N, K]}, in whole blocks of {BLOCKS}"
         )
     nested = "nested_blocksize" in state
+    if nested:
+        _check_nested(take, state)
     format = Codebook(
         name, group(size), double_quant=state["nested_blocksize"] if nested else None
     )
@@ -264,7 +266,7 @@ def _state(take: Take) -> tuple[str, dict[str, Any]]:
     raw = take(last, "uint8", take.tensors[last].shape).tobytes()
     try:
         state = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict) or name not in ("nf4", "fp4"):
         raise ValueError(
@@ -277,6 +279,17 @@ def _absmax(take: Take, size: int, K: int, N: int) -> np.ndarray:
     # bfloat16 where a model was saved after it ran on a CPU.
     flat = take("weight.absmax", FLOATS, (N * K // size,)).astype(np.float32)
     return np.ascontiguousarray(flat.reshape(N, -1).T)
+
+
+def _check_nested(take: Take, state: Mapping[str, Any]) -> None:
+    block, offset = state["nested_blocksize"], state.get("nested_offset")
+    whole = isinstance(block, int) and not isinstance(block, bool) and block > 0
+    number = isinstance(offset, (int, float)) and not isinstance(offset, bool)
+    if not whole or not number or not isfinite(offset):
+        raise ValueError(
+            f"{take.module}: the quantization state says nested_blocksize={block!r}, "
+            f"nested_offset={offset!r}; expected a positive whole number and a number"
+        )
 
 
 def _nested(take: Take, state: Mapping[str, Any], K: int, N: int) -> DoubleQuantized:

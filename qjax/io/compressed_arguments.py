@@ -45,7 +45,7 @@ def scheme_of(owner: str, args: Mapping[str, Any]) -> Format:
     return _format(owner, args, _known(owner, strategy, makers))
 
 
-def activation_of(owner: str, args: Mapping[str, Any] | None) -> Activation | None:
+def activation_of(owner: str, args: Any) -> Activation | None:
     """How inputs are coded; None where the scheme leaves them in float.
 
     Raises:
@@ -66,7 +66,7 @@ def activation_of(owner: str, args: Mapping[str, Any] | None) -> Activation | No
     return Activation(found, dynamic=dynamic is True)
 
 
-def _check_values(owner: str, args: Mapping[str, Any]) -> None:
+def _check_values(owner: str, args: Any) -> None:
     """Refuse unknown arguments, and those of a wrong type or that others ask for."""
     checked(owner, args, ARGUMENTS)
     size, bits = args.get("group_size"), args.get("num_bits", 8)

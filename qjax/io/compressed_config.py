@@ -110,7 +110,7 @@ def _group(name: str, raw: Any, whole: Mapping[str, Any]) -> Group:
     if raw.get("output_activations"):
         raise ValueError(f"{owner}.output_activations must be null: none is supported")
     kind = raw.get("format") or whole.get("format")
-    if kind not in FORMATS:
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise ValueError(
             f"{owner}.format is {kind!r}, supported are {', '.join(FORMATS)}"
         )

@@ -33,7 +33,10 @@ FORMATS: dict[str, Writer] = {
     "hqq": hqq,
 }
 # What a Hugging Face folder holds beside its configuration and its weights.
-COPIED = ("generation_config.json", "*token*", "vocab.*", "merges.txt", "*.jinja")
+COPIED = (
+    *("generation_config.json", "*token*.json", "*token*.model", "*token*.txt"),
+    *("vocab.*", "merges.txt", "*.jinja"),
+)
 # Linear layers of torch models that ours leave out.
 UNLISTED = {
     "bert": (

@@ -156,10 +156,14 @@ class Reader:
             "desc_act": (raw.get("desc_act", False), (True, False)),
         }
         for name, (value, valid) in found.items():
-            if value not in valid:
+            kinds = isinstance(value, bool), isinstance(valid[0], bool)
+            if value not in valid or kinds[0] != kinds[1]:
                 raise ValueError(f"{OWNER}.{name} is {value!r}, supported are {valid}")
         size = group_size(OWNER, raw)
-        for name, change in (raw.get("dynamic") or {}).items():
+        dynamic = raw.get("dynamic") or {}
+        if not isinstance(dynamic, Mapping):
+            raise ValueError(f"{OWNER}.dynamic is {dynamic!r}, expected an object")
+        for name, change in dynamic.items():
             if not name.startswith("-:"):
                 raise ValueError(
                     f"{OWNER}.dynamic: {name!r} sets {change!r}, but only one format "

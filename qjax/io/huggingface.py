@@ -27,7 +27,12 @@ from qjax.io.quantized import (
     reader_of_names,
 )
 from qjax.io.shards import Tensor, open_shards, read_json
-from qjax.io.suitable import check_config, check_dtypes, warn_of_unread
+from qjax.io.suitable import (
+    check_config,
+    check_dtypes,
+    check_no_code,
+    warn_of_unread,
+)
 from qjax.models import Function, architecture, functional
 from qjax.models.fields import Fields
 from qjax.models.names import Name, spellings
@@ -151,6 +156,7 @@ def read_config(folder: Path) -> tuple[ModuleType, Any]:
         not supported, or has a field of a wrong type or value.
     """
     raw = read_json(folder / "config.json")
+    check_no_code(raw, folder)
     kind = Fields(raw).raw.get("model_type")
     module = architecture(kind if isinstance(kind, str) else str(kind))
     return module, module.from_fields(Fields(raw))
@@ -169,7 +175,8 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        # Else it asks on the terminal whether to run the folder's own Python code.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Warning:  # where the user turns warnings into errors
         raise
     # A damaged file gives KeyError, TypeError or, from Rust, Exception itself.

@@ -60,7 +60,7 @@ def common_scheme(
     return part(first.scheme)
 
 
-def checked(owner: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+def checked(owner: str, given: Any, known: Iterable[str]) -> None:
     """Refuse keys that are not known.
 
     Raises:

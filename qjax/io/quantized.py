@@ -59,9 +59,10 @@ def reader_of(raw: Mapping[str, Any]) -> Reader | None:
       ValueError: an option of its quantization is not known.
     """
     found = raw.get("quantization_config")
-    if not isinstance(found, Mapping) or found.get("quant_method") not in READERS:
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    if not isinstance(method, str) or method not in READERS:
         return None
-    return READERS[found["quant_method"]](found)
+    return READERS[method](found)
 
 
 def reader_of_names(names: Iterable[str]) -> Reader | None:

@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth")
+# What torch, keras and others write by pickling, which reading would execute.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 DTYPES = {
     "F64": np.float64,
@@ -73,13 +74,17 @@ def open_shards(folder: Path) -> dict[str, Tensor]:
         return _open_index(folder)
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
-    pickled = sorted(p.name for end in PICKLES for p in folder.glob(end))
-    if pickled:
-        raise ValueError(
-            f"{folder / pickled[0]} is a pickle, which runs code when read: convert it "
-            "to safetensors first"
-        )
+    for path in sorted(folder.glob("*")):
+        _refuse_pickle(path)
     raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"{path} is a pickle, which runs code when read: convert it to safetensors "
+            "first"
+        )
 
 
 def _open_index(folder: Path) -> dict[str, Tensor]:
@@ -90,13 +95,17 @@ def _open_index(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files")
     tensors = {}
     for file in sorted(set(index.values())):
-        if Path(file).name != file or file == "..":
+        if Path(file).name != file or file in ("", ".."):
             raise ValueError(
                 f"{folder / INDEX} lists {file!r}, a file outside its folder"
             )
-        if not (folder / file).exists():
+        _refuse_pickle(folder / file)
+        if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is listed in {INDEX} but missing")
-        tensors |= read_header(folder / file)
+        # A tensor is the one of the file that the index names, whatever others hold.
+        for name, tensor in read_header(folder / file).items():
+            if index.get(name, file) == file:
+                tensors[name] = tensor
     missing = sorted(name for name in index if name not in tensors)
     if missing:
         raise ValueError(f"{folder / index[missing[0]]} lacks {missing[0]} of {INDEX}")
@@ -113,7 +122,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    # No JSON, no UTF-8, a number of thousands of digits, or brackets without end.
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not valid JSON") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a JSON object")
@@ -133,7 +143,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} has a corrupted header: its length is {length}")
         try:
             header = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             raise ValueError(f"{path} has a corrupted header: it is no JSON") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path} has a corrupted header: it is no JSON object")

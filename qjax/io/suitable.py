@@ -52,6 +52,31 @@ def check_config(raw: Mapping[str, Any], folder: Path, quantized: bool = False) 
         )
 
 
+def check_no_code(raw: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a configuration that needs Python code of its own, which is never run.
+
+    A model that is also a part of transformers, such as Phi-3, may name the file that
+    it once came with, if the class there is one of its `model_type`: it is read as any
+    of that type.
+
+    Raises:
+      ValueError: naming the class.
+    """
+    named = raw.get("auto_map")
+    if named is None:
+        return
+    own = str(raw.get("model_type")).replace("_", "").lower()
+    listed = named if isinstance(named, Mapping) else {"auto_map": named}
+    for kind, name in listed.items():
+        last = str(name).rpartition(".")[2].lower()
+        if kind != "AutoTokenizer" and not (own and last.startswith(own)):
+            raise ValueError(
+                f"{folder / 'config.json'}: auto_map names {name!r}, Python code that "
+                "comes with the model, and qjax runs none: only models of the types in "
+                "qjax.models can be read"
+            )
+
+
 def check_dtypes(tensors: Iterable[Tensor]) -> None:
     """Refuse weights in anything but floats of 16 bits or more.
 
