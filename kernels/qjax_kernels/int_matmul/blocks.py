@@ -124,7 +124,8 @@ def vmem_bytes(
     m, n, k = _up(blocks.m, SUBLANES), _up(blocks.n, LANES), _up(blocks.k, LANES)
     G, tile = _up(weight.groups, SUBLANES), _up(blocks.tile, LANES)
     x_columns = _up(weight.rows, LANES) if int8_tokens else k
-    streamed = m * x_columns * 2 + k * n * weight.bits // 8 + m * n * out_bytes
+    x_bytes = 4 if int8_tokens else 2  # float32 at most, or bfloat16
+    streamed = m * x_columns * x_bytes + k * n * weight.bits // 8 + m * n * out_bytes
     streamed += G * n * weight.scale.dtype.itemsize
     if weight.zero is not None:
         streamed += G * n * weight.zero.dtype.itemsize
