@@ -1,10 +1,10 @@
-# make demo | test | check | lock
+# make demo | test | check | kernels-check | lock
 PYTHON ?= python3
 BIN := .venv/bin
 DEPENDS := pyproject.toml requirements.lock
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock
 
-.PHONY: demo test check unit lock clean
+.PHONY: demo test check unit kernels-check lock clean
 
 # The bundled model, every data-free format, one table and one picture.
 demo: .venv/.demo
@@ -21,6 +21,11 @@ check: .venv/.test
 
 unit: .venv/.test
 	$(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
+
+# TPU kernels, compiled for hardware that is not there. libtpu lies apart: beside JAX it
+# would be started by every program. Bundles are counted with one version of it only.
+kernels-check: .venv/.kernels
+	PYTHONPATH=.venv/libtpu $(BIN)/python kernels/bench/check.py
 
 # uv resolves for every supported Python at once; see CONTRIBUTING.md.
 # torch brings its own exact CUDA pins, which must not bind the library.
@@ -42,6 +47,11 @@ clean:
 # One pip call for everything: the peers would otherwise choose torch themselves.
 .venv/.demo: $(DEPENDS) | .venv/bin/python
 	$(INSTALL) -e .
+	touch $@
+
+.venv/.kernels: .venv/.demo
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade \
+	  -c requirements.lock --target .venv/libtpu libtpu
 	touch $@
 
 .venv/.test: $(DEPENDS) | .venv/bin/python

@@ -71,10 +71,11 @@ from qjax.methods import (
 from qjax.models.functional import functional
 from qjax.observe import observe
 from qjax.on_the_fly import load_quantized
+from qjax.ops import Target
 from qjax.quantize import quantize, quantize_with_report
 from qjax.recipe_files import read_recipe, write_recipe
 from qjax.schemes import scheme
-from qjax.trace import QuantizationWarning, Site, Sites, apply, sites
+from qjax.trace import QuantizationWarning, Site, Sites, apply, explain, sites
 from qjax.train import (
     LQER,
     LSQ,
@@ -165,12 +166,14 @@ __all__ = [
     "SmoothQuant",
     "Stacked",
     "StraightThrough",
+    "Target",
     "Ternary",
     "ZeroQuant",
     "apply",
     "block",
     "channel",
     "dequantize",
+    "explain",
     "export",
     "fake_quantize",
     "finalize",

@@ -4,5 +4,6 @@ from qjax.ops.conv import conv
 from qjax.ops.embed import embed
 from qjax.ops.matmul import how, matmul
 from qjax.ops.ragged import ragged_matmul
+from qjax.ops.targets import Target
 
-__all__ = ["conv", "embed", "how", "matmul", "ragged_matmul"]
+__all__ = ["Target", "conv", "embed", "how", "matmul", "ragged_matmul"]

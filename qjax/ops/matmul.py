@@ -17,9 +17,12 @@ from qjax.ops.activations import (
     contraction,
     integers,
 )
+from qjax.ops.kernels import Choice, choices, kernel_product
 from qjax.ops.outliers import split_outliers
+from qjax.ops.targets import Target, here
 
-IMPLEMENTATIONS = ("auto", "xla")
+IMPLEMENTATIONS = ("auto", "xla", "pallas")
+FEWEST = 8  # tokens: with fewer, XLA takes a slow path on CPUs
 
 
 def matmul(
@@ -31,6 +34,7 @@ def matmul(
     weight_dtype: Any = None,
     precision: Any = None,
     implementation: str = "auto",
+    target: Target | None = None,
 ) -> jax.Array:
     """`y = ((x T_in) @ (sum Q_i + L R + S)) T_out + b`.
 
@@ -43,21 +47,36 @@ def matmul(
         what it and `x` promote to. Default: that of `x`, or the leaf's if `x` is whole
         numbers.
       precision: of the float contractions, as in `lax.dot_general`.
-      implementation: "auto" or "xla" (one form so far).
+      implementation: "auto": a Pallas kernel where one suits, else XLA; "xla"; or
+        "pallas": a kernel or an error.
+      target: hardware to choose for; default this process's.
 
     Returns:
       `[*batch, M, N]`.
 
     Raises:
-      ValueError: unknown implementation, or a static activation without a scale.
+      ValueError: unknown implementation, no kernel for "pallas", or a static activation
+        without a scale.
+    """
+    x = promoted(x, q, weight_dtype)
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    chosen = chosen_for(x, q, site, implementation, target)
+    return _qmatmul(x, q, site, dtype, precision, chosen)
+
+
+def chosen_for(
+    x: Any, q: QTensor, site: int, implementation: str, target: Target | None
+) -> tuple[Choice, ...]:
+    """How each part of the weight runs.
+
+    Raises:
+      ValueError: unknown implementation, or no kernel for "pallas".
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}"
         )
-    x = promoted(x, q, weight_dtype)
-    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    return _qmatmul(x, q, site, dtype, precision)
+    return choices(q, site, x, implementation, here() if target is None else target)
 
 
 def promoted(x: Any, q: QTensor, weight_dtype: Any) -> Any:
@@ -82,23 +101,34 @@ def how(q: QTensor, site: int = 0) -> str:
     return f"{names} x {activation.format.name} {kind} {into}{beside}"
 
 
-def _matmul(x: Any, q: QTensor, site: int, dtype: Any, precision: Any) -> Any:
+def _matmul(
+    x: Any,
+    q: QTensor,
+    site: int,
+    dtype: Any,
+    precision: Any,
+    chosen: tuple[Choice, ...],
+) -> Any:
     acts = q.site(site)
     x = x if acts.t_in is None else acts.t_in(x)
     dot = partial(jnp.matmul, precision=precision, preferred_element_type=dtype)
-    terms = []
+    values_of = partial(_values, dot)
+    terms = [
+        kernel_product(x, acts, part, dtype, choice.generation, values_of)
+        for part, choice in zip(q.parts, chosen)
+        if choice.generation is not None
+    ]
+    values = [p for p, choice in zip(q.parts, chosen) if choice.generation is None]
     if acts.activation is not None:
-        ways = [contraction(p.format, acts.activation.format) for p in q.parts]
-        coded = [p for p, way in zip(q.parts, ways) if way != "values"]
+        ways = [contraction(p.format, acts.activation.format) for p in values]
+        coded = [p for p, way in zip(values, ways) if way != "values"]
         x, kept, acts = split_outliers(x, acts)
-        terms = [_coded_product(x, acts, p, dtype, dot) for p in coded]
+        terms += [_coded_product(x, acts, p, dtype, dot) for p in coded]
         x = coded_values(x, acts)
         if kept is not None:
             terms += [_decoded_product(dot, kept, part) for part in coded]
             x = x + kept
-        values = [p for p, way in zip(q.parts, ways) if way == "values"]
-    else:
-        values = list(q.parts)
+        values = [p for p, way in zip(values, ways) if way == "values"]
     terms += [_decoded_product(dot, x, part) for part in values]
     if q.left is not None:
         inner = jnp.matmul(x, factor(q.left, x.dtype), precision=precision)
@@ -111,7 +141,13 @@ def _matmul(x: Any, q: QTensor, site: int, dtype: Any, precision: Any) -> Any:
 
 
 _matmul.__name__ = "qmatmul"
-_qmatmul = jax.jit(_matmul, static_argnums=(2, 3, 4))
+_qmatmul = jax.jit(_matmul, static_argnums=(2, 3, 4, 5))
+
+
+def _values(dot: Any, x: Any, acts: SiteActs, part: Coded) -> Any:
+    """The product of the values that codes stand for: what gradients are those of."""
+    x = x if acts.activation is None else coded_values(x, acts)
+    return _decoded_product(dot, x, part)
 
 
 def _decoded_product(dot: Any, x: Any, part: Coded) -> Any:
@@ -139,11 +175,8 @@ def _coded_product(x: Any, acts: SiteActs, part: Coded, dtype: Any, dot: Any) ->
 
 @_coded_product.defjvp
 def _coded_product_jvp(dtype: Any, dot: Any, primals: Any, tangents: Any) -> Any:
-    def values(x: Any, acts: SiteActs, part: Coded) -> Any:
-        return _decoded_product(dot, coded_values(x, acts), part)
-
     out = _coded_product(*primals, dtype, dot)
-    return out, jax.jvp(values, primals, tangents)[1]
+    return out, jax.jvp(partial(_values, dot), primals, tangents)[1]
 
 
 def _groups(coded: CodedInput, part: Coded) -> int:
@@ -239,9 +272,12 @@ def _int_dot(coded: CodedInput, part: Coded) -> Any:
 
 def _int8_product(x: Any, w: Any) -> Any:
     """`x[..., K, M]`, `w[..., K, N]` in int8 to `[..., M, N]` in int32."""
+    M = x.shape[-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, max(FEWEST - M, 0))])
     batch = tuple(range(x.ndim - 2))
     axes = (((x.ndim - 2,), (w.ndim - 2,)), (batch, batch))
-    return jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.int32)
+    y = jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.int32)
+    return y[..., :M, :]
 
 
 def _float8_dot(coded: CodedInput, part: Coded) -> Any:

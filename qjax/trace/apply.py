@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from qjax import ops
 from qjax.core.carrier import Carrier
 from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor, Stacked, is_quantized
+from qjax.ops import Target
 from qjax.ops.conv import conv_contraction
 from qjax.ops.ragged import ragged_contraction
 from qjax.trace.contractions import Call
@@ -20,7 +21,12 @@ from qjax.trace.program import Program, require_loaded, trace
 from qjax.trace.views import Tracked, View, atom_roles
 
 
-def apply(f: Callable[..., Any]) -> Callable[..., Any]:
+def apply(
+    f: Callable[..., Any],
+    *,
+    implementation: str = "auto",
+    target: Target | None = None,
+) -> Callable[..., Any]:
     """`f` on parameters of which some are quantized.
 
     `apply(f)(qparams, *inputs)` traces `f` on shapes, replaces every contraction of a
@@ -33,13 +39,19 @@ def apply(f: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
       f: `f(params, *inputs)`.
+      implementation: of matrix products: "auto" takes a Pallas kernel where one suits,
+        else XLA (`qjax.explain` lists which, and why); "xla"; or "pallas", which makes
+        a product without a kernel an error.
+      target: hardware to choose for; default that of this process.
 
     Returns:
       A function of the same arguments.
 
     Raises:
       TypeError: a leaf is still on disk (`LazyLeaf`).
+      ValueError: `implementation` is unknown, or "pallas" where there is no kernel.
     """
+    rule = partial(low_bit, implementation=implementation, target=target)
 
     @wraps(f)
     def applied(params: Any, *inputs: Any, **options: Any) -> Any:
@@ -48,7 +60,7 @@ def apply(f: Callable[..., Any]) -> Callable[..., Any]:
         if not any(is_quantized(x) for x in leaves):
             return f(params, *inputs, **options)
         program = trace(f, params, inputs, options)
-        body = interpreter(low_bit)
+        body = interpreter(rule)
         operands = program.operands(track=is_quantized)
         outputs = body.run(program.jaxpr, program.consts, operands)
         flat = body.as_floats("return", outputs, "returned by the function")
@@ -70,7 +82,14 @@ def warn_of(program: Program, events: list[Any]) -> None:
 
 
 def low_bit(
-    eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int
+    eqn: Any,
+    call: Call,
+    weight: Tracked,
+    operands: list[Any],
+    site: int,
+    *,
+    implementation: str = "auto",
+    target: Target | None = None,
 ) -> tuple[Any, str]:
     """The rule of `apply`: a quantized leaf meets its activation in low bits."""
     q = weight.value
@@ -79,8 +98,9 @@ def low_bit(
     reason = refusal(q, weight, call)
     if reason:
         return None, f"dequantized: {reason}"
+    dot = partial(_dot, implementation=implementation, target=target)
     run = {
-        "dot": _dot,
+        "dot": dot,
         "conv": _conv,
         "ragged_dot": _ragged,
         "embedding": _embedding,
@@ -159,7 +179,16 @@ class Arrange:
         return self.view.of_array(self.layout.from_matrix(matrix))
 
 
-def _dot(eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int) -> Any:
+def _dot(
+    eqn: Any,
+    call: Call,
+    weight: Tracked,
+    operands: list[Any],
+    site: int,
+    *,
+    implementation: str,
+    target: Target | None,
+) -> Any:
     out = eqn.outvars[0].aval
     y = ops.matmul(
         call.matrix(operands[call.operand]),
@@ -168,6 +197,8 @@ def _dot(eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int) 
         dtype=out.dtype,
         weight_dtype=weight.dtype,
         precision=eqn.params["precision"],
+        implementation=implementation,
+        target=target,
     )
     return call.finish(y)
 

@@ -12,7 +12,7 @@ from qjax.core.qtensor import is_quantized
 from qjax.trace import report
 from qjax.trace.apply import low_bit
 from qjax.trace.control import interpreter
-from qjax.trace.interpret import Event
+from qjax.trace.interpret import Event, Rule
 from qjax.trace.paths import layer_names
 from qjax.trace.program import Program, trace
 
@@ -114,7 +114,12 @@ def sites(f: Callable[..., Any], params: Any, *example: Any, **options: Any) -> 
     [('w', 'dot', 4, 3, 2)]
     """
     program = trace(f, params, example, options)
-    events = _events(program)
+    return sites_of(f, program, low_bit)
+
+
+def sites_of(f: Callable[..., Any], program: Program, rule: Rule) -> Sites:
+    """Every use of every leaf, as `rule` runs it."""
+    events = _events(program, rule)
     return Sites(
         sites=_sites(program, events),
         other_uses=_other_uses(program, events),
@@ -126,9 +131,9 @@ def sites(f: Callable[..., Any], params: Any, *example: Any, **options: Any) -> 
     )
 
 
-def _events(program: Program) -> list[Event]:
+def _events(program: Program, rule: Rule) -> list[Event]:
     """Run the interpreter on shapes; every leaf is followed."""
-    body = interpreter(low_bit, everything=True)
+    body = interpreter(rule, everything=True)
 
     def shape(x: Any) -> Any:
         return jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)

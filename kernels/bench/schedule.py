@@ -1,0 +1,103 @@
+"""The static schedule of a kernel, as the TPU's compiler writes it.
+
+With flags that are not documented libtpu writes the bundles (instruction words, one a
+cycle) of every kernel. A count covers one grid step, its branches as if all were taken;
+waiting for memory is not in it.
+
+The flags must be set before libtpu is loaded: import this module first.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DUMP = Path(tempfile.mkdtemp(prefix="schedules-"))
+FLAGS = ("llo_text=true", "llo_static_gaps=true")
+os.environ["LIBTPU_INIT_ARGS"] = " ".join(
+    [
+        f"--xla_jf_dump_to={DUMP}",
+        *(f"--xla_jf_dump_{flag}" for flag in FLAGS),
+        "--xla_jf_emit_annotations=true",
+        "--xla_jf_debug_level=2",
+    ]
+)
+
+from aot import compiled  # noqa: E402
+
+from qjax_kernels.compat import chip  # noqa: E402
+
+# Products per bundle in squares of the matrix unit's width. Pallas says 2 for v6e and
+# v7x; but bfloat16 schedules there hold more products than 2 could do in their bundles.
+SQUARES = 4
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one program costs.
+
+    Attributes:
+      bundles: of one grid step of the kernel.
+      beside: of all other operations of the program, loops counted once.
+      temporaries: bytes of HBM beside arguments and results.
+    """
+
+    bundles: int
+    beside: int
+    temporaries: int
+
+
+def compile_for(
+    generation: str, kernel: str, f: Callable[..., Any], *shapes: Any
+) -> Compiled:
+    """Compile `f` for one device and count the bundles of its kernel, by name.
+
+    Raises:
+      RuntimeError: the compiler wrote no schedule.
+    """
+    clear()
+    program = compiled(generation, f, *shapes)
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    counts = bundle_counts()
+    clear()
+    bundles = sum(n for name, n in counts.items() if f"-{kernel}." in name)
+    if not bundles:
+        raise RuntimeError(f"libtpu wrote no schedule of {kernel!r}: {list(counts)}")
+    rest = sum(n for name, n in counts.items() if "<late-" not in name) - bundles
+    return Compiled(bundles, rest, temporaries)
+
+
+def bundle_counts() -> dict[str, int]:
+    """Bundles of every part of the program."""
+    return {
+        path.name: sum(1 for line in path.read_text().splitlines()[4:] if line.strip())
+        for path in DUMP.glob("*final_hlo-static-per-bundle-utilization.txt")
+    }
+
+
+def clear() -> None:
+    """Forget the files of the program before."""
+    for path in DUMP.iterdir():
+        path.unlink()
+
+
+def clock(generation: str) -> float:
+    """Cycles per second, from the peak rate."""
+    known = chip(generation)
+    squares = SQUARES * known.mxu_column_size**2
+    return known.bf16_ops_per_second / (2 * squares)
+
+
+def memory_cycles(generation: str, size: float) -> float:
+    """Cycles in which HBM delivers `size` bytes."""
+    return size / chip(generation).mem_bw_bytes_per_second * clock(generation)
+
+
+def product_cycles(generation: str, m: int, k: int, n: int, int8: bool) -> float:
+    """Cycles of `m * k * n` products at the peak rate of the type contracted."""
+    known = chip(generation)
+    native = known.int8_ops_per_second if int8 else 0
+    rate = native or known.bf16_ops_per_second
+    return 2 * m * k * n / rate * clock(generation)

@@ -1,0 +1,179 @@
+"""Sizes of one grid step on a TPU: the table, and whether they fit into VMEM.
+
+`blocks.json` says for each TPU generation, kind of activation, width of the codes and
+number of tokens which sizes and algebra had the shortest static schedule, and what XLA
+does as well by itself.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from math import lcm
+from typing import Any
+
+from qjax_kernels.compat import chip
+from qjax_kernels.int_matmul.weight import WORD, IntWeight
+
+LANES, SUBLANES, MIB = 128, 8, 2**20
+LEAST_LIMIT = 16 * MIB  # the compiler's own default on most generations
+ROOM = 4 * MIB  # what the compiler keeps beside the arrays that a kernel names
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One grid step, and how it computes.
+
+    Args:
+      m: tokens.
+      n: outputs.
+      k: inputs.
+      tile: outputs computed at a time; 0 is `n`.
+      chunk: inputs decoded at a time; 0 is the least that whole registers allow.
+      scale_on: "sums" of each group, or "weights".
+      decode: "native" conversions of narrow integers; "offset" puts codes into the
+        mantissa of 128, whose share is subtracted with the zero points (bfloat16
+        tokens, 2 and 4 bits, scales on sums).
+
+    Raises:
+      ValueError: an unknown word, or "offset" with scales on weights.
+    """
+
+    m: int
+    n: int
+    k: int
+    tile: int = 0
+    chunk: int = 0
+    scale_on: str = "sums"
+    decode: str = "native"
+
+    def __post_init__(self):
+        if self.scale_on not in ("sums", "weights"):
+            raise ValueError(
+                f'Blocks.scale_on is {self.scale_on!r}; it must be "sums" or "weights"'
+            )
+        if self.decode not in ("native", "offset"):
+            raise ValueError(
+                f'Blocks.decode is {self.decode!r}; it must be "native" or "offset"'
+            )
+        if self.decode == "offset" and self.scale_on == "weights":
+            raise ValueError('Blocks.decode is "offset"; scale_on must be "sums"')
+
+    def fitted(self, M: int, weight: IntWeight, int8_tokens: bool = False) -> "Blocks":
+        """No larger than the problem, and with whole groups and words along K.
+
+        Where K has no such divisor, one step takes all of it; where codes cannot be
+        decoded by the offset, they are decoded natively.
+        """
+        k = inputs(self.k, weight)
+        n = min(self.n, -(-weight.N // LANES) * LANES)
+        tile = min(self.tile or n, n)
+        tile = tile if n % tile == 0 else n
+        n, tile = (weight.N, weight.N) if n > weight.N else (n, tile)
+        decode = self.decode
+        unit = SUBLANES * WORD // weight.bits
+        whole = weight.rows % unit == 0 and (weight.group or unit) % unit == 0
+        if weight.bits == 8 or int8_tokens or not whole:
+            decode = "native"
+        return replace(self, m=min(self.m, M), n=n, k=k, tile=tile, decode=decode)
+
+
+def inputs(most: int, weight: IntWeight) -> int:
+    """The largest divisor of the stored rows up to `most` that suits the hardware."""
+    unit = lcm(LANES, weight.group or 1, SUBLANES * WORD // weight.bits)
+    sizes = range(most // unit * unit, 0, -unit)
+    return next((k for k in sizes if weight.rows % k == 0), weight.rows)
+
+
+@cache
+def table() -> dict[str, Any]:
+    """What `blocks.json` holds."""
+    return json.loads(files(__package__).joinpath("blocks.json").read_text())
+
+
+def choose(
+    generation: str, M: int, weight: IntWeight, int8_tokens: bool = False
+) -> Blocks:
+    """The table's entry for a problem, fitted to it.
+
+    Raises:
+      ValueError: the table has no entry for the generation.
+    """
+    tokens = "int8" if int8_tokens else "bfloat16"
+    rows = [
+        row
+        for row in table()["rows"]
+        if (row["generation"], row["tokens"]) == (generation, tokens)
+        and row["bits"] >= weight.bits
+    ]
+    if not rows:
+        known = sorted({row["generation"] for row in table()["rows"]})
+        raise ValueError(
+            f"generation is {generation!r}; blocks are known for {', '.join(known)}"
+        )
+    narrowest = min(row["bits"] for row in rows)
+    rows = [row for row in rows if row["bits"] == narrowest]
+    row = next((r for r in rows if r["up_to_M"] is None or r["up_to_M"] >= M), rows[-1])
+    return Blocks(**row["blocks"]).fitted(M, weight, int8_tokens)
+
+
+def vmem_bytes(
+    blocks: Blocks, weight: IntWeight, int8_tokens: bool = False, out_bytes: int = 4
+) -> int:
+    """VMEM of one grid step: double-buffered blocks, scratch, decoded weights."""
+    m, n, k = _up(blocks.m, SUBLANES), _up(blocks.n, LANES), _up(blocks.k, LANES)
+    G, tile = _up(weight.groups, SUBLANES), _up(blocks.tile, LANES)
+    x_columns = _up(weight.rows, LANES) if int8_tokens else k
+    x_bytes = 4 if int8_tokens else 2  # float32 at most, or bfloat16
+    streamed = m * x_columns * x_bytes + k * n * weight.bits // 8 + m * n * out_bytes
+    streamed += G * n * weight.scale.dtype.itemsize
+    if weight.zero is not None:
+        streamed += G * n * weight.zero.dtype.itemsize
+    sums = m * _up(weight.groups, LANES) * 4
+    scratch = m * n * 4 + G * n * 4 + (m * x_columns + m * LANES * 4) * int8_tokens
+    decoded = k * tile * 4 + m * tile * 8
+    return 2 * (streamed + sums) + scratch + decoded
+
+
+def vmem_limit(
+    generation: str, blocks: Blocks, weight: IntWeight, int8_tokens: bool = False
+) -> int:
+    """The limit to give to the compiler.
+
+    Raises:
+      ValueError: the blocks need more VMEM than the generation has.
+    """
+    problem = too_large(generation, blocks, weight, int8_tokens)
+    if problem:
+        raise ValueError(problem)
+    return max(LEAST_LIMIT, _up(vmem_bytes(blocks, weight, int8_tokens) + ROOM, MIB))
+
+
+def too_large(
+    generation: str, blocks: Blocks, weight: IntWeight, int8_tokens: bool = False
+) -> str:
+    """That the blocks need more VMEM than there is; empty if they do not."""
+    capacity = chip(generation).vmem_capacity_bytes
+    needed = vmem_bytes(blocks, weight, int8_tokens) + ROOM
+    if needed <= capacity:
+        return ""
+    return (
+        f"blocks m={blocks.m}, n={blocks.n}, k={blocks.k} need about "
+        f"{needed / MIB:.0f} MiB of VMEM; {generation} has {capacity / MIB:.0f} MiB"
+    )
+
+
+def left_to_xla(weight: IntWeight, int8_tokens: bool = False) -> str:
+    """Why XLA runs such a weight at least as well; empty if it does not."""
+    tokens = "int8" if int8_tokens else "bfloat16"
+    kind = {
+        "bits": weight.bits,
+        "tokens": tokens,
+        "channel": weight.groups == 1,
+        "zero": weight.zero is not None,
+    }
+    return next((r["why"] for r in table()["left_to_xla"] if r["of"] == kind), "")
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -1,0 +1,225 @@
+"""What one grid step of the TPU kernel does.
+
+Scales go on the accumulator of each group (`scale_on="sums"`, exact products) or on the
+weights (`"weights"`, rounded to bfloat16: cheaper for many tokens). Zero points are one
+small product for each block of outputs, `sum_g xsum_g (zero scale)_g`, done once.
+"""
+
+from dataclasses import dataclass
+from math import lcm
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from qjax_kernels.int_matmul import decode
+from qjax_kernels.int_matmul.blocks import SUBLANES, Blocks
+from qjax_kernels.int_matmul.reference import quantize_tokens
+from qjax_kernels.int_matmul.weight import WORD, IntWeight
+
+LATE_CHUNK = 512  # inputs decoded at a time where nothing is done for each group
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything static that a kernel's body needs."""
+
+    bits: int
+    group: int
+    groups: int
+    steps: int
+    blocks: Blocks
+    zeros: bool
+    int8_tokens: bool
+    contract: Any
+
+    @classmethod
+    def of(
+        cls, weight: IntWeight, blocks: Blocks, int8_tokens: bool, contract: Any
+    ) -> "Plan":
+        """The plan for a weight; `contract` is the dtype that the matrix unit takes."""
+        group = min(weight.group or weight.rows, weight.rows)
+        return cls(
+            bits=weight.bits,
+            group=min(group, blocks.k),
+            groups=weight.groups,
+            steps=weight.rows // blocks.k,
+            blocks=blocks,
+            zeros=weight.zero is not None,
+            int8_tokens=int8_tokens,
+            contract=contract,
+        )
+
+    @property
+    def chunk(self) -> int:
+        """Inputs decoded at a time: whole groups and whole registers."""
+        unit = lcm(1 if self.late else self.group, SUBLANES * WORD // self.bits)
+        most = max(self.blocks.chunk or LATE_CHUNK * self.late, unit)
+        sizes = range(most // unit * unit, 0, -unit)
+        return next((c for c in sizes if self.blocks.k % c == 0), self.blocks.k)
+
+    @property
+    def late(self) -> bool:
+        """Whether the one scale of an output is put on its finished sum."""
+        return self.groups == 1
+
+    @property
+    def sums(self) -> bool:
+        """Whether the sums of `x` over groups are needed."""
+        return self.zeros or self.blocks.decode == "offset"
+
+    @property
+    def bias(self) -> int:
+        """What decoding adds to every code `q`."""
+        offset = self.blocks.decode == "offset"
+        return decode.BIAS + 2 ** (self.bits - 1) if offset else 0
+
+
+@dataclass(frozen=True)
+class Refs:
+    """The blocks and scratch of one grid step; None where the plan has none."""
+
+    x: Any
+    codes: Any
+    scale: Any
+    zero: Any
+    x_sums: Any
+    out: Any
+    total: Any
+    wide: Any
+    x_codes: Any
+    x_scale: Any
+
+    @classmethod
+    def of(cls, refs: tuple[Any, ...], plan: Plan) -> "Refs":
+        """Names for the references that Pallas passes by position."""
+        left = list(refs)
+
+        def take(there: bool = True) -> Any:
+            return left.pop(0) if there else None
+
+        x, codes, scale, zero = take(), take(), take(), take(plan.zeros)
+        given = take(plan.sums and not plan.int8_tokens)
+        out, total, wide = take(), take(), take()
+        x_codes, x_scale = take(plan.int8_tokens), take(plan.int8_tokens)
+        made = take(plan.sums and plan.int8_tokens)
+        x_sums = given if made is None else made
+        return cls(x, codes, scale, zero, x_sums, out, total, wide, x_codes, x_scale)
+
+
+def kernel(*references: Any, plan: Plan) -> None:
+    """The body; the grid is (tokens, outputs, inputs)."""
+    refs, step = Refs.of(references, plan), pl.program_id(2)
+    if plan.int8_tokens:
+
+        @pl.when((pl.program_id(1) == 0) & (step == 0))
+        def _tokens():
+            _code_tokens(refs, plan)
+
+    @pl.when(step == 0)
+    def _start():
+        refs.wide[...] = refs.scale[...].astype(jnp.float32)
+        refs.total[...] = _offset(refs, plan)
+
+    for first in range(0, refs.out.shape[1], plan.blocks.tile):
+        _accumulate(refs, pl.ds(first, plan.blocks.tile), step, plan)
+
+    @pl.when(step == plan.steps - 1)
+    def _finish():
+        y = refs.total[...]
+        y = y * refs.wide[...] if plan.late else y
+        y = y * refs.x_scale[...] if plan.int8_tokens else y
+        refs.out[...] = y.astype(refs.out.dtype)
+
+
+def _code_tokens(refs: Refs, plan: Plan) -> None:
+    """int8 codes of a block of tokens, kept for every block of outputs."""
+    codes, refs.x_scale[...] = quantize_tokens(refs.x[...])
+    sums = 0
+    for step in range(plan.steps):
+        part = codes[:, step * plan.blocks.k : (step + 1) * plan.blocks.k]
+        refs.x_codes[step] = part.astype(refs.x_codes.dtype)
+        if plan.sums:
+            sums += _dot(part.astype(jnp.bfloat16), _members(step, plan))
+    if plan.sums:
+        refs.x_sums[...] = sums
+
+
+def _members(step: int, plan: Plan) -> jax.Array:
+    """1 where an input belongs to a group: `[k, G]`; sums over groups are products."""
+    shape = plan.blocks.k, plan.groups
+    inputs = lax.broadcasted_iota(jnp.int32, shape, 0) + step * plan.blocks.k
+    length = plan.blocks.k * plan.steps if plan.late else plan.group
+    # lax.div: `//` lowers to sign, for which Pallas asks the attached device.
+    group = lax.div(inputs, jnp.int32(length))
+    same = group == lax.broadcasted_iota(jnp.int32, shape, 1)
+    return same.astype(jnp.float32).astype(jnp.bfloat16)
+
+
+def _offset(refs: Refs, plan: Plan) -> Any:
+    """What zero points and the bias of decoding take away, before anything is added."""
+    if not plan.sums:
+        return jnp.zeros_like(refs.total)
+    zero = refs.zero[...].astype(jnp.float32) if plan.zeros else 0.0
+    weights = jnp.broadcast_to(zero + plan.bias, refs.wide.shape)
+    if plan.late:
+        return -refs.x_sums[...] * weights
+    weights = weights * refs.wide[...]
+    return -lax.dot(refs.x_sums[...], weights, precision=lax.Precision.HIGHEST)
+
+
+def _accumulate(refs: Refs, columns: Any, step: Any, plan: Plan) -> None:
+    """Add one step's inputs to a tile of outputs."""
+    total = refs.total[:, columns]
+    for first in range(0, plan.blocks.k, plan.chunk):
+        size = min(plan.chunk, plan.blocks.k - first)
+        q = getattr(decode, plan.blocks.decode)(
+            refs.codes, first, size, columns, plan.bits
+        )
+        x = _columns(refs, step, first, first + size, plan)
+        if plan.late:
+            total += _dot(x, q.astype(plan.contract))
+        elif plan.blocks.scale_on == "weights":
+            total += _dot(x, _scaled(refs, q, first, columns, step, plan))
+        else:
+            for start, stop in _cut(size, plan.group):
+                y = _dot(x[:, start:stop], q[start:stop].astype(plan.contract))
+                total += y * _scale(refs, first + start, columns, step, plan)
+    refs.total[:, columns] = total
+
+
+def _cut(size: int, group: int) -> list[tuple[int, int]]:
+    """Groups within a chunk."""
+    return [(at, min(at + group, size)) for at in range(0, size, group)]
+
+
+def _scaled(refs: Refs, q: Any, first: int, columns: Any, step: Any, plan: Plan) -> Any:
+    """Codes of a chunk times their scales."""
+    pieces = [
+        q[start:stop].astype(jnp.float32)
+        * _scale(refs, first + start, columns, step, plan)
+        for start, stop in _cut(q.shape[0], plan.group)
+    ]
+    return jnp.concatenate([piece.astype(plan.contract) for piece in pieces])
+
+
+def _scale(refs: Refs, first: int, columns: Any, step: Any, plan: Plan) -> Any:
+    """The row of scales of the group that starts at input `first` of this step."""
+    row = step * (plan.blocks.k // plan.group) + first // plan.group
+    return refs.wide[pl.ds(row, 1), columns]
+
+
+def _columns(refs: Refs, step: Any, first: int, stop: int, plan: Plan) -> Any:
+    """Inputs `first` to `stop` of this step, in the dtype that is contracted."""
+    x = refs.x_codes[step, :, first:stop] if plan.int8_tokens else refs.x[:, first:stop]
+    return x.astype(plan.contract)
+
+
+def _dot(x: Any, w: Any) -> Any:
+    """Product in float32; of whole numbers, exact in int32 first."""
+    whole = jnp.issubdtype(x.dtype, jnp.integer)
+    kind = jnp.int32 if whole else jnp.float32
+    y = lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=kind)
+    return y.astype(jnp.float32)

@@ -1,0 +1,144 @@
+"""Coded weights on the kernels of `qjax_kernels`: which can run, and running them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.core.coded import Coded
+from qjax.core.formats import Int, token
+from qjax.core.qtensor import Activation, QTensor, SiteActs
+from qjax.ops.targets import Target
+from qjax_kernels.int_matmul import IntWeight, blocks
+from qjax_kernels.int_matmul.pallas_tpu import int_matmul
+
+Product = Callable[[Any, SiteActs, Coded], Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one coded part of a site runs.
+
+    Attributes:
+      implementation: "xla" or "pallas".
+      generation: whose kernel; None for XLA.
+      refused: why the kernel does not run; empty if it does.
+    """
+
+    implementation: str
+    generation: str | None = None
+    refused: str = ""
+
+
+def choices(
+    q: QTensor, site: int, x: Any, implementation: str, target: Target
+) -> tuple[Choice, ...]:
+    """One choice for each part of `q`.
+
+    Raises:
+      ValueError: `implementation` is "pallas" and a part has no kernel.
+    """
+    if implementation == "xla":
+        return (Choice("xla", refused="XLA was asked for"),) * len(q.parts)
+    found = tuple(choose(q, part, site, x, target) for part in q.parts)
+    cannot = [c.refused for c in found if c.implementation == "xla"]
+    if implementation == "pallas" and cannot:
+        raise ValueError(f'implementation is "pallas", but {cannot[0]}')
+    return found
+
+
+def choose(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> Choice:
+    """The implementation of one part, for `x[*batch, M, K]`."""
+    why = unfit(q, part, site, x, target)
+    if why:
+        return Choice("xla", refused=why)
+    return Choice("pallas", target.generation)
+
+
+def unfit(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:
+    """Why no kernel takes a part; empty if one does."""
+    if target.platform != "tpu":
+        return f"there is no kernel for {target.platform}"
+    if target.generation is None:
+        return "this generation of TPU has no kernel"
+    if target.devices > 1:
+        return (
+            f"{target.devices} devices share the program, and a kernel is not "
+            "partitioned: use shard_map"
+        )
+    if q.lead or x.ndim != 2:
+        return "the weight has leading axes"
+    return (
+        _unfit_format(part)
+        or _unfit_tokens(x, q.site(site).activation)
+        or _unfit_size(q, part, site, x, target.generation)
+    )
+
+
+def _unfit_format(part: Coded) -> str:
+    format = part.format
+    if not isinstance(format, Int) or format.bits not in (2, 4, 8):
+        return f"no kernel for {format.name}"
+    if format.granularity.cols != 1:
+        return f"a kernel has scales for single outputs, not {format.granularity.label}"
+    return ""
+
+
+def _unfit_tokens(x: Any, activation: Activation | None) -> str:
+    if activation is None:
+        if x.dtype != jnp.bfloat16:
+            return f"the kernel contracts bfloat16; the activation is {x.dtype.name}"
+        return ""
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernel codes bfloat16 and float32, not {x.dtype.name}"
+    if activation != Activation(Int(8, token())):
+        return f"the kernel codes int8 tokens, not {activation.format.name}"
+    return ""
+
+
+def _unfit_size(q: QTensor, part: Coded, site: int, x: Any, generation: str) -> str:
+    weight = jax.eval_shape(int_weight, part)
+    coded = q.site(site).activation is not None
+    best = blocks.left_to_xla(weight, coded)
+    if best:
+        return best
+    chosen = blocks.choose(generation, x.shape[0], weight, coded)
+    return blocks.too_large(generation, chosen, weight, coded)
+
+
+def int_weight(part: Coded) -> IntWeight:
+    """The part as the kernels take it: its own codes and scales, nothing repacked."""
+    format = part.format
+    assert isinstance(format, Int)
+    zero = None
+    if format.zero == "int":
+        zero = (part.grid().zero.astype(jnp.int16) - format.half).astype(jnp.int8)
+    elif format.zero == "float":
+        zero = part.zero.astype(jnp.float32) - format.half
+    rows = format.granularity.rows
+    return IntWeight(part.codes, part.scale, zero, format.bits, rows, part.shape[0])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def kernel_product(
+    x: Any, acts: SiteActs, part: Coded, dtype: Any, generation: str, values: Product
+) -> Any:
+    """`x` times the part on a kernel; the gradient is that of `values`."""
+    return int_matmul(
+        x,
+        int_weight(part),
+        generation=generation,
+        int8_tokens=acts.activation is not None,
+        dtype=dtype,
+    )
+
+
+@kernel_product.defjvp
+def _kernel_product_jvp(
+    dtype: Any, generation: str, values: Product, primals: Any, tangents: Any
+) -> Any:
+    out = kernel_product(*primals, dtype, generation, values)
+    return out, jax.jvp(values, primals, tangents)[1]

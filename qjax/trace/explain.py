@@ -1,0 +1,75 @@
+"""`explain`: which implementation runs at every site, and why another does not."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from qjax.ops import Target
+from qjax.ops.matmul import chosen_for, promoted
+from qjax.trace.apply import low_bit
+from qjax.trace.contractions import Call
+from qjax.trace.program import trace
+from qjax.trace.sites import Sites, sites_of
+from qjax.trace.views import Tracked
+
+
+def explain(
+    f: Callable[..., Any],
+    params: Any,
+    *example: Any,
+    implementation: str = "auto",
+    target: Target | None = None,
+    **options: Any,
+) -> Sites:
+    """The sites of `f`, with the implementation of each in `runs`.
+
+    Nothing is computed. `print(qjax.explain(f, qparams, x).table())` shows for every
+    site how `qjax.apply(f)` runs it: `low-bit: int4 g128, float activations; pallas
+    v5e`, or `...; xla, no pallas: <why>`.
+
+    Args:
+      f: `f(params, *inputs)`.
+      params: arrays, shapes or QTensors.
+      example: inputs, or their shapes.
+      implementation: as for `apply`.
+      target: hardware to choose for, such as `qjax.Target("tpu", "v6e")`; default
+        that of this process.
+      options: passed to `f`.
+
+    Raises:
+      ValueError: `implementation` is unknown, or "pallas" where there is no kernel.
+    """
+    rule = partial(_explaining, implementation=implementation, target=target)
+    return sites_of(f, trace(f, params, example, options), rule)
+
+
+def _explaining(
+    eqn: Any,
+    call: Call,
+    weight: Tracked,
+    operands: list[Any],
+    site: int,
+    *,
+    implementation: str,
+    target: Target | None,
+) -> tuple[Any, str]:
+    output, runs = low_bit(
+        eqn, call, weight, operands, site, implementation=implementation, target=target
+    )
+    if output is None:
+        return output, runs
+    if call.kind != "dot":
+        return output, f"{runs}; xla, no pallas: there is no kernel for {call.kind}"
+    x = promoted(call.matrix(operands[call.operand]), weight.value, weight.dtype)
+    chosen = chosen_for(x, weight.value, site, implementation, target)
+    return output, f"{runs}; {_names(chosen)}{_refusals(chosen)}"
+
+
+def _names(chosen: Any) -> str:
+    names = (" ".join(filter(None, (c.implementation, c.generation))) for c in chosen)
+    return " + ".join(dict.fromkeys(names)) or "xla"
+
+
+def _refusals(chosen: Any) -> str:
+    reasons = dict.fromkeys(c.refused for c in chosen if c.refused)
+    return f", no pallas: {', '.join(reasons)}" if reasons else ""

@@ -1,0 +1,137 @@
+"""The choice between XLA and the kernels, and that both mean the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import qjax
+from qjax.core.coded import encode
+from qjax.core.formats import Codebook, Int, block, channel, group, tensor, token
+from qjax.core.layout import Layout
+from qjax.core.qtensor import Activation, QTensor, SiteActs
+from qjax.ops import Target, matmul
+from qjax.ops.kernels import choices
+from qjax_kernels.compat import interpret_params
+
+K, N, M = 256, 128, 8
+TPU = Target("tpu", "v5e")
+DYNAMIC = Activation(Int(8, token()))
+
+
+def quantized(format, activation=None, K=K, N=N):
+    acts = () if activation is None else (SiteActs(activation=activation),)
+    w = jax.random.normal(jax.random.key(0), (K, N)) + 0.1
+    return QTensor.of(encode(w, format), Layout("kn", (K, N)), jnp.bfloat16, acts)
+
+
+@pytest.fixture
+def simulated():
+    pltpu.reset_tpu_interpret_mode_state()
+    with pltpu.force_tpu_interpret_mode(interpret_params()):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("format", "activation"),
+    [
+        (Int(4, group(64), symmetric=False), None),
+        (Int(4, channel(), zero="float"), None),
+        (Int(4, group(64), scale_rule="signed"), DYNAMIC),
+        (Int(8, group(64), symmetric=False), DYNAMIC),
+    ],
+    ids=lambda part: "none" if part is None else getattr(part, "name", "dynamic"),
+)
+def test_kernels_agree_with_the_values(format, activation, simulated):
+    q = quantized(format, activation)
+    x = jax.random.normal(jax.random.key(1), (M, K), jnp.bfloat16)
+
+    def run(x, implementation):
+        return matmul(
+            x, q, implementation=implementation, target=TPU, dtype=jnp.float32
+        )
+
+    y, pull = jax.vjp(lambda x: run(x, "pallas"), x)
+    expected, pull_xla = jax.vjp(lambda x: run(x, "xla"), x)
+    # XLA's form rounds weights to bfloat16, the kernel's does not.
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(q.core(jnp.float32))
+    assert (np.abs(y - expected) <= 2.0**-8 * size).all()
+    exact = np.asarray(x, np.float64) @ np.asarray(q.core(jnp.float32), np.float64)
+    if activation is None:
+        assert (np.abs(y - exact) <= 2.0**-15 * size).all()
+    seed = jnp.ones_like(y)
+    np.testing.assert_array_equal(pull(seed)[0], pull_xla(seed)[0])
+
+
+REFUSALS = [
+    (Int(3, group(64)), None, TPU, "no kernel for int3 g64"),
+    (Codebook("nf4"), None, TPU, "no kernel for"),
+    (Int(4, block(64, 64)), None, TPU, "scales for single outputs"),
+    (Int(4, group(64)), None, Target("cpu"), "there is no kernel for cpu"),
+    (Int(4, group(64)), None, Target("tpu", None), "this generation of TPU"),
+    (Int(4, group(64)), None, Target("tpu", "v6e", 4), "use shard_map"),
+    (Int(4, group(64)), Activation(Int(8, tensor())), TPU, "int8 tokens, not int8"),
+    (Int(8), DYNAMIC, TPU, "in one fusion"),
+]
+
+
+@pytest.mark.parametrize(("format", "activation", "target", "why"), REFUSALS)
+def test_a_refusal_says_why_and_is_an_error_if_a_kernel_was_asked_for(
+    format, activation, target, why
+):
+    q = quantized(format, activation)
+    x = jnp.ones((M, K), jnp.bfloat16)
+    (choice,) = choices(q, 0, x, "auto", target)
+    assert choice.implementation == "xla" and why in choice.refused
+    with pytest.raises(ValueError, match="but") as error:
+        matmul(x, q, implementation="pallas", target=target)
+    assert why in str(error.value)
+
+
+def test_float32_activations_and_huge_tokens_are_refused():
+    q = quantized(Int(4, group(64)))
+    (choice,) = choices(q, 0, jnp.ones((M, K)), "auto", TPU)
+    assert "contracts bfloat16; the activation is float32" in choice.refused
+
+
+def f(params, x):
+    return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def test_explain_names_the_implementation_of_every_site():
+    params = {"up": jnp.ones((64, 128)), "down": jnp.ones((128, 64))}
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    x = jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)
+    recipe = (
+        qjax.RTN(weights=Int(4, group(32)), targets="up"),
+        qjax.RTN(weights=Int(3, group(32))),
+    )
+    q = qjax.quantize(f, params, recipe, example=(x,), progress=False)
+    runs = {s.path: s.runs for s in qjax.explain(f, q, x, target=TPU).weights}
+    assert runs["up"].endswith("; pallas v5e")
+    assert runs["down"].endswith("; xla, no pallas: no kernel for int3 g32")
+    here = {s.path: s.runs for s in qjax.explain(f, q, x).weights}
+    assert here["up"].endswith("; xla, no pallas: there is no kernel for cpu")
+
+
+def test_apply_runs_the_kernel_or_says_why_not(simulated):
+    params = {"up": jnp.ones((64, 128), jnp.bfloat16)}
+    x = jax.random.normal(jax.random.key(0), (2, 64), jnp.bfloat16)
+    q = {"up": quantized(Int(4, group(32)), K=64)}
+
+    def g(params, x):
+        return x @ params["up"]
+
+    kernel = qjax.apply(g, implementation="pallas", target=TPU)
+    assert "pallas_call" in str(jax.make_jaxpr(kernel)(q, x))
+    np.testing.assert_allclose(
+        np.asarray(kernel(q, x), np.float32),
+        np.asarray(qjax.apply(g)(q, x), np.float32),
+        atol=0.25,
+    )
+    with pytest.raises(ValueError, match="there is no kernel for cpu"):
+        qjax.apply(g, implementation="pallas")(q, x)
+    with pytest.raises(ValueError, match="implementation is 'triton'"):
+        qjax.apply(g, implementation="triton")(q, x)
+    assert params["up"].shape == q["up"].shape
