@@ -71,6 +71,7 @@ def calibrate(
     quantizers = [s for s in plan.steps if kind_of(s) == "quantize"]
     repairs, transforms = (_by_name(plan, kind) for kind in ("repair", "transform"))
     rows: list[TransformReport] = []
+    name = namer(plan.found, lanes[0].program)
     if transforms:
         formats = {
             name: quantizers[step].format
@@ -78,11 +79,11 @@ def calibrate(
             for name, step in zip(job.names, job.steps)
             if step is not None
         }
-        name = namer(plan.found, lanes[0].program)
         moving = TransformPass(lanes, transforms, formats, name, leaves, plan.options)
         moving.run(arrays, masks)
         rows = moving.reports
-    run = Pass(lanes, plan.jobs, quantizers, repairs, leaves, plan.options, advance)
+    given = (plan.jobs, quantizers, repairs, leaves, plan.options, advance, name)
+    run = Pass(lanes, *given)
     run.run(arrays, masks)
     run.stream.solved.clear()
     for job in plan.jobs:

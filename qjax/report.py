@@ -49,7 +49,8 @@ class SiteReport:
       error: relative error of the site's output, `|X (W - Q)| / |X W|`; like
         `error_before` of some 256 to 512 evenly spaced outputs where there are more.
       measured: "output" where the errors come from `E[x x^T]`, "diagonal" where from
-        `E[x^2]` alone, "weights" where no input was seen.
+        `E[x^2]` alone, "weights" where no input was seen; "block" where they are those
+        of the output of the whole block, against the full-precision model.
       seconds: statistics and solver, compilation included; shared out over the sites
         that were solved together.
       notes: the method's own numbers: damping, dead features.

@@ -14,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.blocksolver import enter, planned, solve_block
 from qjax.leaves import Leaves
 from qjax.placement import NOWHERE, Placement
 from qjax.report import SiteReport
 from qjax.sitesolver import Problem, solve_sites, statistics_of
-from qjax.solving import Job, Piece, Pieces, tensor_of
+from qjax.solving import Job, Piece, Pieces, site_key, tensor_of
+from qjax.trace.blocks import block_points
 from qjax.trace.rows import Accumulator, Seen, mask_fits, refusal
-from qjax.trace.stream import Lane, LeafKey, Point, Stream, find_points
+from qjax.trace.stream import Lane, LeafKey, Point, Stream, find_points, key_of
 
+MASK_UNFIT = "the mask does not fit {}: padding was counted"
 NOTHING_SEEN = "no samples reached it: its input was taken as white noise"
 
 
@@ -57,6 +60,7 @@ class Pass:
       leaves: the float leaves, with the transforms that were found for them.
       options: see `Options`.
       advance: called with the number of weights solved.
+      namer: the name of a layer of any leaf.
       pieces: what was solved so far, by path.
       reports: one row for each site, in order.
       recorded, first: rows and points that the journal holds already.
@@ -69,6 +73,7 @@ class Pass:
     leaves: Leaves
     options: Options
     advance: Callable[[int], None]
+    namer: Callable[[LeafKey], str] = str
     pieces: dict[str, Pieces] = field(default_factory=dict)
     reports: list[SiteReport] = field(default_factory=list)
     accumulator: Accumulator = field(default_factory=Accumulator)
@@ -80,7 +85,7 @@ class Pass:
         self.paths = self.lanes[0].program.paths
         self.by_path = {job.path: job for job in self.jobs}
         self.pieces = {job.path: {} for job in self.jobs}
-        points = find_points(self.lanes, self.wanted, self.name)
+        points = self.points()
         needs = {self.step(key) for point in points for key in point.keys}
         self.stream = Stream(
             self.lanes,
@@ -89,6 +94,20 @@ class Pass:
             full=any(getattr(step, "full_precision", False) for step in needs),
             offload=self.options.offload,
         )
+
+    def points(self) -> list[Point]:
+        """Where the pass stops: in front of sites, and in front of whole blocks."""
+        blockwise = {
+            key: getattr(self.step(key), "blockwise", False)
+            for lane in self.lanes
+            for key in (key_of(op) for _, op in lane.meetings)
+            if self.wanted(key)
+        }
+        alone = find_points(self.lanes, lambda k: blockwise.get(k) is False, self.name)
+        if not any(blockwise.values()):
+            return alone
+        blocks = block_points(self.lanes, lambda k: blockwise.get(k, False), self.namer)
+        return sorted([*blocks, *alone], key=lambda point: point.places[0][0])
 
     def layer(self, key: LeafKey) -> int:
         """Which of the job's names a layer of a leaf has."""
@@ -193,6 +212,9 @@ class Pass:
 
     def solve(self, point: Point) -> None:
         """Statistics of the point's input, and its sites solved."""
+        if point.blocks:
+            self.solve_block(point)
+            return
         start = time.perf_counter()
         problems = [
             self.problem(key, op) for key, op in zip(point.keys, point.meetings)
@@ -203,10 +225,30 @@ class Pass:
         solved = solve_sites(
             problems, statistics, seen, self.options.key, self.options.placement
         )
-        check(problems, solved, seen)
+        bad = int(np.sum(np.asarray(seen.bad)))
+        check(problems, solved, f"the input of {problems[0].name}", bad)
         seconds = (time.perf_counter() - start) / len(problems)
         for key, problem, each in zip(point.keys, problems, solved):
-            self.keep(key, problem, each, seen, seconds, remark, move)
+            self.keep(key, problem, each, seconds, remark, move)
+
+    def solve_block(self, point: Point) -> None:
+        """The sites of a block, on its inputs in the quantized stream."""
+        start, placement = time.perf_counter(), self.options.placement
+        problems = [
+            self.problem(key, op) for key, op in zip(point.keys, point.meetings)
+        ]
+        layouts = [self.by_path[self.paths[key[0]]].layout for key in point.keys]
+        moves = [self.leaves.move(key) for key in point.keys]
+        plan = planned(point.blocks, point.keys, problems, layouts, placement)
+        lanes, fit = enter(plan, self.stream, self.masks)
+        key = site_key(self.options.key, point.block)
+        leaves = self.stream.current_leaves(point.blocks[0].segment)
+        solved, bad = solve_block(plan, problems, leaves, moves, lanes, key)
+        check(problems, solved, f"the output of {point.block}", bad)
+        remark = "" if fit else MASK_UNFIT.format("the block's output")
+        seconds = (time.perf_counter() - start) / len(problems)
+        for at, problem, each, move in zip(point.keys, problems, solved, moves):
+            self.keep(at, problem, each, seconds, remark, move)
 
     def problem(self, key: LeafKey, op: Any) -> Problem:
         """One site's weights and method."""
@@ -225,7 +267,7 @@ class Pass:
         for number, op, x, full, rest in self.stream.inputs(point):
             mask = self.masks[number]
             if mask is not None and not mask_fits(op, x, mask):
-                remark = "the mask does not fit the tokens here: padding was counted"
+                remark = MASK_UNFIT.format("the tokens here")
                 mask = None
             seen = self.accumulator.update(
                 statistics, op, seen, x, full, rest, mask, move
@@ -233,8 +275,8 @@ class Pass:
         return seen, remark
 
     def keep(
-        self, key: LeafKey, problem: Problem, each: Any, seen: Any, seconds: float,
-        remark: str, move: Any,
+        self, key: LeafKey, problem: Problem, each: Any, seconds: float, remark: str,
+        move: Any,
     ) -> None:  # fmt: skip
         """Put the solved weights in the stream, and a row in the report."""
         path = self.paths[key[0]]
@@ -255,7 +297,7 @@ class Pass:
                 flat, i, seconds / count, float(errors[i]), float(norms[i])
             )
         self.advance(count * job.layout.K * job.layout.N)
-        self.reports.append(_row(problem, each, seen, seconds, remark))
+        self.reports.append(_row(problem, each, seconds, remark))
 
     def solve_unreached(self) -> None:
         """Sites inside control flow that the pass does not open: without data."""
@@ -284,30 +326,36 @@ class Pass:
         each = solve_sites(
             [problem], statistics, seen, self.options.key, self.options.placement
         )[0]
-        check([problem], [each], seen)
+        check([problem], [each])
         seconds = time.perf_counter() - start
         where = dict(self.lanes[0].tape.closed).get(key[0])
         remark = f"inside {where}, which is not opened" if where else "not reached"
-        self.keep(key, problem, each, seen, seconds, remark, self.leaves.move(key))
+        self.keep(key, problem, each, seconds, remark, self.leaves.move(key))
 
 
-def check(problems: Sequence[Problem], solved: Sequence[Any], seen: Seen) -> None:
+def check(
+    problems: Sequence[Problem], solved: Sequence[Any], where: str = "", bad: int = 0
+) -> None:
     """Refuse weights and activations that are not finite.
+
+    Args:
+      problems, solved: the sites.
+      where: the activation that was looked at.
+      bad: how many of its values are not finite.
 
     Raises:
         ValueError: naming the site and how many values.
     """
     for problem, each in zip(problems, solved):
-        bad = int(each.numbers["bad_weights"].sum())
-        if bad:
+        unfit = int(each.numbers["bad_weights"].sum())
+        if unfit:
             raise ValueError(
-                f"{problem.name} holds {bad} NaN or Inf of {problem.w.size} values; "
+                f"{problem.name} holds {unfit} NaN or Inf of {problem.w.size} values; "
                 "quantize finite weights"
             )
-    bad = int(np.sum(np.asarray(seen.bad)))
     if bad:
         raise ValueError(
-            f"the input of {problems[0].name} holds {bad} NaN or Inf in calibration; "
+            f"{where} holds {bad} NaN or Inf in calibration; "
             "calibrate with inputs for which the model is finite"
         )
 
@@ -317,9 +365,7 @@ def _widened(move: Any, lead: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), move)
 
 
-def _row(
-    problem: Problem, each: Any, seen: Seen, seconds: float, remark: str
-) -> SiteReport:
+def _row(problem: Problem, each: Any, seconds: float, remark: str) -> SiteReport:
     tokens = each.numbers["tokens"].reshape(-1)
     remarks = [remark] if remark else []
     starved = int((tokens == 0).sum())

@@ -27,6 +27,11 @@ def round_ste(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return straight_through(x, jnp.round(x))
 
 
+def clamp(x: Any, low: Any, high: Any) -> Any:
+    """`x` within `[low, high]`; at the ends the gradient is that of `x`."""
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))
+
+
 @jax.custom_jvp
 def straight_through(x: Float[Array, "..."], value: Float[Array, "..."]) -> Array:
     """`value`, with the gradient of the identity with respect to `x`."""

@@ -1,5 +1,6 @@
 """The registry: a method is in it by being imported here."""
 
+from qjax.methods.autoround import AutoRound
 from qjax.methods.awq import AWQ
 from qjax.methods.bias_correction import BiasCorrection
 from qjax.methods.cross_layer import CrossLayerEqualization
@@ -32,6 +33,7 @@ METHODS = (
     LLMInt8,
     ZeroQuant,
     RPTQ,
+    AutoRound,
     BiasCorrection,
     CrossLayerEqualization,
 )
@@ -46,6 +48,7 @@ __all__ = [
     "QEP",
     "RPTQ",
     "RTN",
+    "AutoRound",
     "BiasCorrection",
     "CrossLayerEqualization",
     "IMatrix",

@@ -168,6 +168,11 @@ class Around:
                 f"{type(self).__name__}.then must be a method that quantizes weights, "
                 f'such as RTN("W4A16"), got {self.then!r}'
             )
+        if getattr(self.then, "blockwise", False):
+            raise TypeError(
+                f"{type(self).__name__}.then solves single sites, and "
+                f"{type(self.then).__name__} solves whole blocks; use it by itself"
+            )
 
     @property
     def targets(self) -> Any:

@@ -49,12 +49,15 @@ class Point:
       names: their names, `layers/3/attn/q_proj/kernel`.
       places: for every lane, the meetings and the position on its tape.
       inside: the control flow that holds the sites, "while"; empty on the tape itself.
+      blocks: for every lane, the block that begins here and whose sites are solved
+        together; empty where the sites share an input.
     """
 
     keys: tuple[LeafKey, ...]
     names: tuple[str, ...]
     places: tuple[tuple[int, tuple[Meeting, ...]], ...]
     inside: str = ""
+    blocks: tuple[Any, ...] = ()
 
     @property
     def block(self) -> str:
@@ -187,7 +190,7 @@ class Stream:
             [dict(zip(lane.tape.inputs, batches[b])) for b in lane.batches]
             for lane in self.lanes
         ]
-        self.last = [_last_uses(lane.tape) for lane in self.lanes]
+        self.last = [last_uses(lane.tape) for lane in self.lanes]
         self.leaf_reads = [_leaf_reads(lane.tape) for lane in self.lanes]
         for last, lane in zip(self.last, self.values):
             for env in lane:
@@ -262,15 +265,15 @@ class Stream:
         made = [out for op in lane.tape.ops[start:stop] for out in op.outs]
         wanted = [v for v in made if last[v] >= stop and v not in lane.tape.free]
         segment = cut(lane.tape, start, stop, wanted)
-        self._run(lane, segment, self.values[number], self._leaves(segment), stop, last)
+        self._run(
+            lane, segment, self.values[number], self.current_leaves(segment), stop, last
+        )
         if self.full:
-            leaves = self._float_leaves(segment)
+            leaves = self.float_leaves(segment)
             self._run(lane, segment, self.full_values[number], leaves, stop, last)
 
-    def _float_leaves(self, segment: Segment) -> list[Any]:
-        return [settled(self.read(key)) for key in segment.leaves]
-
-    def _leaves(self, segment: Segment) -> list[Any]:
+    def current_leaves(self, segment: Segment) -> list[Any]:
+        """The layers of leaves that a stretch reads, as they now are."""
         return [settled(self._leaf(key)) for key in segment.leaves]
 
     def _leaf(self, key: LeafKey) -> Any:
@@ -317,9 +320,9 @@ class Stream:
         """
         for n, (lane, (place, meetings)) in enumerate(zip(self.lanes, point.places)):
             meeting, op = meetings[0], lane.tape.ops[place]
-            streams = [(self.values[n], self._visitor(self._leaves, meeting))]
+            streams = [(self.values[n], self._visitor(self.current_leaves, meeting))]
             if self.full:
-                visitor = self._visitor(self._float_leaves, meeting)
+                visitor = self._visitor(self.float_leaves, meeting)
                 streams.append((self.full_values[n], visitor))
             for i, number in enumerate(lane.batches):
                 seen = [v.seen(lane.tape, op, values[i]) for values, v in streams]
@@ -330,11 +333,15 @@ class Stream:
                     x, *full = (rest[meeting.call.operand] for rest in pair)
                     yield number, meeting, x, full[0] if full else None, pair[0]
 
+    def float_leaves(self, segment: Segment) -> list[Any]:
+        """The layers of leaves that a stretch reads, in float."""
+        return [settled(self.read(key)) for key in segment.leaves]
+
     def _visitor(self, leaves: Any, meeting: Any) -> Visitor:
         return Visitor(self.programs, leaves, meeting)
 
     def _value(self, tape: Tape, env: dict[int, Any], x: Any) -> Any:
-        return self._visitor(self._leaves, None).value(tape, env, x)
+        return self._visitor(self.current_leaves, None).value(tape, env, x)
 
 
 def settled(leaf: Any) -> Any:
@@ -371,7 +378,8 @@ def _overlap(a: LeafKey, b: LeafKey) -> bool:
     return a[0] == b[0] and all(x == y for x, y in zip(a[1], b[1]))
 
 
-def _last_uses(tape: Tape) -> dict[int, int]:
+def last_uses(tape: Tape) -> dict[int, int]:
+    """The place of the last operation that reads each value; -1 where none does."""
     last = dict.fromkeys(tape.avals, -1)
     for i, op in enumerate(tape.ops):
         last |= {x: i for x in op.ins if isinstance(x, int)}

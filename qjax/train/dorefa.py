@@ -27,13 +27,13 @@ from jaxtyping import Array, Float, Float32
 
 from qjax.core.formats import Binary, Format, Int, tensor
 from qjax.core.qtensor import Activation
+from qjax.core.rounding import clamp
 from qjax.core.scales import Grid
 from qjax.train.quantizers import (
     InputQuantizer,
     Trained,
     WeightQuantizer,
     check_bits,
-    clamp,
 )
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32
 from qjax.core.formats import Int, tensor
 from qjax.core.granularity import Granularity, block_sizes
 from qjax.core.qtensor import Activation
-from qjax.core.rounding import round_ste
+from qjax.core.rounding import clamp, round_ste
 from qjax.core.scales import Grid
 from qjax.train.quantizers import (
     InputQuantizer,
@@ -31,7 +31,6 @@ from qjax.train.quantizers import (
     block_mean,
     check_bits,
     check_static_granularity,
-    clamp,
     scale_gradient,
     spread_over,
 )

@@ -25,14 +25,13 @@ from jaxtyping import Array, Float, Float32
 
 from qjax.core.formats import Binary, Format, Int, Ternary, channel
 from qjax.core.granularity import Granularity, block_sizes, to_blocks
-from qjax.core.rounding import straight_through
+from qjax.core.rounding import clamp, straight_through
 from qjax.core.scales import Grid
 from qjax.train.lsq import learned_step
 from qjax.train.quantizers import (
     Trained,
     WeightQuantizer,
     block_mean,
-    clamp,
     scale_gradient,
     spread_over,
 )

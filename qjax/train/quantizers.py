@@ -182,11 +182,6 @@ def fake_input(
     return straight_through(jnp.swapaxes(estimate, -1, -2).astype(x.dtype), value)
 
 
-def clamp(x: Any, low: Any, high: Any) -> Any:
-    """`x` within `[low, high]`; at the ends the gradient is that of `x`."""
-    return jnp.where(x < low, low, jnp.where(x > high, high, x))
-
-
 def scale_gradient(x: Float[Array, "..."], factor: Any) -> Float[Array, "..."]:
     """`x`, with its gradient multiplied by a factor."""
     return straight_through(x * jnp.asarray(factor, x.dtype), x)

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float32
 
 from qjax.core.formats import Binary, channel
 from qjax.core.granularity import Granularity, block_sizes, spread
+from qjax.core.rounding import clamp
 from qjax.core.scales import Grid
-from qjax.train.quantizers import Trained, WeightQuantizer, clamp, spread_over
+from qjax.train.quantizers import Trained, WeightQuantizer, spread_over
 
 _CHANNEL = channel()
 

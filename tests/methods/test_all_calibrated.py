@@ -83,6 +83,11 @@ ROWS = {
         qjax.LLMInt8(), qjax.RTN("W4A16"), 0.3, (({"threshold": -1.0}, "threshold"),)
     ),
     "zeroquant": Row(qjax.ZeroQuant(), qjax.RTN("W4A8"), 0.4),
+    "autoround": Row(
+        qjax.AutoRound(weights=G32, iters=50), gptq(), 1.0,
+        (BAD_SCHEME, ({"iters": 0}, "iters"), ({"lr": -1.0}, "lr"),
+         ({"scheme": "FP8"}, "static"), ({"scheme": "NF4"}, "integer codes")),
+    ),
     "rptq": Row(qjax.RPTQ(then=qjax.RTN(weights=Int(4))), qjax.RTN("W4A4"), 0.9),
     "bias-correction": Row((RTN3, qjax.BiasCorrection()), RTN3, 1.0),
     "equalization": Row((qjax.CrossLayerEqualization(), RTN3), RTN3, 1.5),
