@@ -4,10 +4,12 @@
     python experiments/formats/run.py collect WORK
 
 `export` writes a random Llama in every scheme, and every architecture in one, into
-`WORK/ours`, each with the logits of `qjax.apply`. Between the two, the peers open those
-and write their own into `WORK/theirs` (README.md has the commands). `collect` loads
-theirs, and writes `results/matrix.jsonl` and `results/architectures.jsonl`: for each
-scheme and peer the largest difference of logits over the largest logit.
+`WORK/ours`, each with the logits of `qjax.apply`; what is there stays. Between the two,
+the peers open those and write their own into `WORK/theirs` (README.md has the
+commands). `collect` loads theirs, and writes `results/matrix.jsonl`,
+`results/architectures.jsonl` and the summary `results/formats.jsonl`: for each scheme
+and peer the largest difference of logits over the largest logit, the median of four
+rows.
 
 Cost: 5 minutes on one core, and as much for the peers.
 """
@@ -30,7 +32,7 @@ from qjax.core.qtensor import Activation
 from qjax.results import Record, append, environment
 
 RESULTS = Path(__file__).parent / "results"
-LENGTH = 16
+SEEN, COMPARED = 8, 4  # tokens in a row, rows, of which logits are compared
 
 
 @dataclass(frozen=True)
@@ -135,14 +137,14 @@ ARCHITECTURES = (
 
 
 def tokens(folder: Path) -> np.ndarray:
-    """One random row."""
+    """A few random rows."""
     config = json.loads((folder / "config.json").read_text())
     draw = np.random.default_rng(3)
-    return draw.integers(2, config["vocab_size"], (1, LENGTH)).astype(np.int32)
+    return draw.integers(2, config["vocab_size"], (COMPARED, SEEN)).astype(np.int32)
 
 
 def logits(f: Any, params: Any, ids: np.ndarray) -> np.ndarray:
-    """What `qjax.apply` makes of one row."""
+    """What `qjax.apply` makes of them."""
     return np.asarray(jax.jit(qjax.apply(f))(params, jnp.asarray(ids)))
 
 
@@ -156,11 +158,13 @@ def export(work: Path) -> None:
 
 
 def _export(row: Row, base: Path, out: Path) -> None:
+    if (out / "expected.npz").exists():
+        return
     shutil.rmtree(out, ignore_errors=True)
     f, params, _, _ = qjax.load_model(base, dtype=jnp.float32)
     ids = tokens(base)
     draw = np.random.default_rng(4)
-    batches = [(jnp.asarray(draw.permutation(ids[0])[None]),) for _ in range(4)]
+    batches = [(jnp.asarray(draw.permutation(ids)),) for _ in range(4)]
     qparams = qjax.quantize(f, params, row.recipe, batches, progress=False)
     try:
         qjax.export(out, qparams, model=base, format=row.format)
@@ -189,23 +193,41 @@ def loaded(folder: Path) -> dict[str, Any]:
         f, params, _, _ = qjax.load_model(folder, dtype=jnp.float32)
     except ValueError as error:
         return {"refused": str(error).replace(str(folder), folder.name)}
-    difference = np.abs(logits(f, params, ids) - expected).max()
-    return {"difference": float(difference / np.abs(expected).max())}
+    rows = np.abs(logits(f, params, ids) - expected).max((1, 2))
+    rows /= np.abs(expected).max()
+    return {"difference": float(np.median(rows)), "worst": float(rows.max())}
 
 
 def record(label: str, reports: dict[str, Any]) -> Record:
-    """One line: differences as metrics, refusals and versions as context."""
+    """One line: medians as metrics; worst rows, refusals and versions as context."""
     metrics = {k: v["difference"] for k, v in reports.items() if "difference" in v}
     refused = {k: v["refused"] for k, v in reports.items() if "refused" in v}
+    worst = {k: v["worst"] for k, v in reports.items() if "worst" in v}
     peers = {k: v["versions"] for k, v in reports.items() if "versions" in v}
-    context = {**environment(), "refused": refused, "peers": peers}
+    context = {**environment(), "worst": worst, "refused": refused, "peers": peers}
     return Record(label, {"readers": sorted(reports)}, metrics, context)
+
+
+def summary(format: str, found: list[dict[str, Any]]) -> Record:
+    """A format in one line: how many schemes were opened, and the largest medians."""
+    metrics: dict[str, Any] = {"schemes": len(found)}
+    for way in ("out", "in"):
+        each = [
+            [v for k, v in reports.items() if k.startswith(f"{way}_")]
+            for reports in found
+        ]
+        read = [[v["difference"] for v in x if "difference" in v] for x in each]
+        metrics[f"{way}_opened"] = sum(bool(x) for x in read)
+        if any(read):
+            metrics[f"{way}_largest_difference"] = max(max(x) for x in read if x)
+    return Record(format, {}, metrics, environment())
 
 
 def collect(work: Path) -> None:
     """Load theirs and write the tables' lines."""
-    for name in ("matrix", "architectures"):
+    for name in ("matrix", "architectures", "formats"):
         (RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
+    formats: dict[str, list[dict[str, Any]]] = {}
     for row in ROWS:
         out = work / "ours" / row.folder.replace(" ", "_")
         reports = {f"out_{k}": v for k, v in differences(out).items()}
@@ -215,12 +237,17 @@ def collect(work: Path) -> None:
                 again = f"in_{peer}" in reports
                 name = f"in_{peer}_{rest}" if again else f"in_{peer}"
                 reports[name] = loaded(work / "theirs" / case)
+        formats.setdefault(row.format, []).append(reports)
         append(RESULTS / "matrix.jsonl", record(row.label, reports))
         print(row.label, reports, flush=True)
     for kind in ARCHITECTURES:
         reports = differences(work / "ours" / f"model-{kind}")
         append(RESULTS / "architectures.jsonl", record(kind, reports))
+    for format, found in formats.items():
+        append(RESULTS / "formats.jsonl", summary(format, found))
 
 
 if __name__ == "__main__":
+    # Every program runs once: most of the time goes into compiling.
+    jax.config.update("jax_disable_most_optimizations", True)
     {"export": export, "collect": collect}[sys.argv[1]](Path(sys.argv[2]))

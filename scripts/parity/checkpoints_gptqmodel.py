@@ -3,6 +3,8 @@
 Runs in the environment of `gptqmodel_env.sh`; names choose among the cases:
 
     python scripts/parity/checkpoints_gptqmodel.py BASE OUT [CASE ...]
+
+GPTQModel leaves a folder `logs` where it runs.
 """
 
 import os

@@ -41,6 +41,9 @@ class BitsAndBytes:
 def hqq(bits: int, base: str, out: Path) -> None:
     """Quantize, save, and keep the logits."""
     model = float_model(base)
+    # Its files cannot hold a tensor twice.
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    model.config.tie_word_embeddings = False
     settings = BaseQuantizeConfig(nbits=bits, group_size=32, axis=1)
     AutoHQQHFModel.quantize_model(
         model, settings, compute_dtype=torch.float32, device="cpu"

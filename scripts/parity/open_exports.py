@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ REPORTED = {
     *("gptqmodel", "optimum", "auto-round", "llmcompressor"),
 }
 # What transformers decodes to bfloat16 alone when it runs on a CPU.
-HALF = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+HALF = ("mxfp8-quantized",)
 # The formats of every reader, and the package that it needs for them.
 READS: dict[str, dict[str, str]] = {
     "transformers": {
@@ -44,6 +45,7 @@ READS: dict[str, dict[str, str]] = {
 
 def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
     """Whatever reader transformers has for the format."""
+    _unpack_in_float32()
     config = json.loads((folder / "config.json").read_text())
     stored = config["quantization_config"]
     groups = stored.get("config_groups", {}).values()
@@ -67,6 +69,17 @@ def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
         logits(model, tokens)  # decodes
         in_float32(model)
     return logits(widen(model, folder) if sixteen else model, tokens)
+
+
+def _unpack_in_float32() -> None:
+    """Without it, compressed-tensors unpacks 4-bit floats to bfloat16."""
+    if find_spec("compressed_tensors") is None:
+        return
+    from compressed_tensors.compressors.nvfp4 import base, helpers  # noqa: PLC0415
+
+    base.unpack_fp4_from_uint8 = partial(
+        helpers.unpack_fp4_from_uint8, dtype=torch.float32
+    )
 
 
 def by_gptqmodel(folder: Path, tokens: np.ndarray) -> np.ndarray:
@@ -122,7 +135,8 @@ def report(reader: str, folder: Path) -> dict[str, Any]:
 def main(reader: str, out: str, *only: str) -> None:
     """Open every folder whose format the reader knows in this environment."""
     torch.set_num_threads(1)
-    versions = {d.name: d.version for d in distributions() if d.name in REPORTED}
+    installed = {d.name.lower(): d.version for d in distributions()}
+    versions = {name: installed[name] for name in sorted(REPORTED & installed.keys())}
     for folder in sorted(path.parent for path in Path(out).glob("*/expected.npz")):
         config = json.loads((folder / "config.json").read_text())
         package = READS[reader].get(config["quantization_config"]["quant_method"])
