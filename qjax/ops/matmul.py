@@ -22,7 +22,6 @@ from qjax.ops.outliers import split_outliers
 from qjax.ops.targets import Target, here
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
-FEWEST = 8  # tokens: with fewer, XLA takes a slow path on CPUs
 
 
 def matmul(
@@ -272,12 +271,9 @@ def _int_dot(coded: CodedInput, part: Coded) -> Any:
 
 def _int8_product(x: Any, w: Any) -> Any:
     """`x[..., K, M]`, `w[..., K, N]` in int8 to `[..., M, N]` in int32."""
-    M = x.shape[-1]
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, max(FEWEST - M, 0))])
     batch = tuple(range(x.ndim - 2))
     axes = (((x.ndim - 2,), (w.ndim - 2,)), (batch, batch))
-    y = jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.int32)
-    return y[..., :M, :]
+    return jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.int32)
 
 
 def _float8_dot(coded: CodedInput, part: Coded) -> Any:
