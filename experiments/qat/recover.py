@@ -46,13 +46,13 @@ class Options:
     """Tokens of it."""
     method: Literal["lsq", "paretoq", "ste"] = "paretoq"
     """For the weights."""
-    steps: int = 1500
+    steps: int = 900
     """Updates."""
     batch: int = 8
     """Windows in a batch."""
     length: int = 256
     """Tokens in a window."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """The highest."""
     run: Path = Path("runs/qat")
     """The folder for checkpoints and the trained model; a killed job goes on."""
