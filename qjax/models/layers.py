@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 INITIALIZER_RANGE = 0.02
@@ -84,7 +85,11 @@ def begin(
 def remember(
     kv: tuple[Any, Any] | None, layer: Any, step: Step, k: Any, v: Any
 ) -> tuple[Any, Any, tuple[Any, Any] | None]:
-    """Keys and values to attend to: the new ones, after the cached ones if any."""
+    """Keys and values to attend to: the new ones, after the cached ones if any.
+
+    The new ones are named "keys" and "values", as a cache stores them.
+    """
+    k, v = checkpoint_name(k, "keys"), checkpoint_name(v, "values")
     if kv is None:
         return k, v, None
     zero = jnp.zeros((), jnp.int32)
@@ -120,14 +125,17 @@ def attention(
 ) -> Float[Array, "B T Hd"]:
     """Softmax attention in which `H / G` query heads share a key-value head.
 
-    `cap` bounds the scores by `soft_cap`.
+    `cap` bounds the scores by `soft_cap`. What meets keys and values is named "queries"
+    and "attention".
     """
     b, t, h, d = q.shape
+    q = checkpoint_name(q, "queries")
     q = q.reshape(b, t, k.shape[2], h // k.shape[2], d)
     scores = jnp.einsum("btgqd,bsgd->bgqts", q, k, preferred_element_type=jnp.float32)
     scores = soft_cap(scores * scale, cap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = checkpoint_name(weights, "attention")
     return jnp.einsum("bgqts,bsgd->btgqd", weights, v).reshape(b, t, h * d)
 
 

@@ -96,6 +96,28 @@ def has_bodies(eqn: Any) -> bool:
     return kind(eqn) in entered
 
 
+def names_in(jaxpr: Any) -> set[str]:
+    """What `checkpoint_name` calls values of a program, in nested bodies too."""
+    own = {eqn.params["name"] for eqn in jaxpr.eqns if kind(eqn) == "name"}
+    return own.union(*(names_in_bodies(eqn) for eqn in jaxpr.eqns))
+
+
+def names_in_bodies(eqn: Any) -> set[str]:
+    """The names in the bodies of an equation."""
+    inner = _bodies(list(eqn.params.values()))
+    return set[str]().union(*(names_in(jaxpr) for jaxpr in inner))
+
+
+def _bodies(values: Any) -> list[Any]:
+    found = []
+    for x in values:
+        if isinstance(x, (tuple, list)):
+            found += _bodies(x)
+        elif hasattr(x, "eqns") or hasattr(x, "jaxpr"):
+            found.append(getattr(x, "jaxpr", x))
+    return found
+
+
 def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Evaluate an equation as it stands."""
     params = eqn.primitive.get_bind_params(eqn.params)

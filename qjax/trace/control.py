@@ -1,7 +1,7 @@
 """Re-emission of equations that hold bodies, with parameters passing through them."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,13 @@ class QuantizationWarning(UserWarning):
     """Something ran differently from what the user may expect."""
 
 
-def interpreter(rule: Rule, everything: bool = False) -> Body:
+def interpreter(
+    rule: Rule,
+    everything: bool = False,
+    names: Mapping[str, Callable[[Any], Any]] | None = None,
+) -> Body:
     """A fresh interpreter for a whole program."""
-    return Body(rule, ENTER, everything)
+    return Body(rule, ENTER, everything, names or {})
 
 
 def enter_jit(outer: Body, eqn: Any, operands: list[Any], number: int) -> list[Any]:

@@ -56,11 +56,15 @@ third member if it observed the activation (`Event.seen`)."""
 
 @dataclass
 class Body:
-    """Evaluates one jaxpr. A new one for every nested body."""
+    """Evaluates one jaxpr. A new one for every nested body.
+
+    `names` maps values, by what `checkpoint_name` calls them.
+    """
 
     rule: Rule
     enter: Mapping[str, Any]
     everything: bool = False
+    names: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     cache: dict[Any, Any] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     counts: dict[Any, int] = field(default_factory=dict)
@@ -95,12 +99,16 @@ class Body:
         """Evaluate one equation."""
         kind = compat.kind(eqn)
         parameters = [x for x in operands if isinstance(x, (Tracked, Joined))]
-        if compat.has_bodies(eqn) and (parameters or self.everything):
+        if compat.has_bodies(eqn) and (
+            parameters or self.everything or self._names_inside(eqn)
+        ):
             return self.enter[kind](self, eqn, operands, number)
         self._name_sources(eqn, kind, number)
         if not parameters:
             if self.everything and kind in ("dot_general", "ragged_dot_general"):
                 self._activation_site(eqn)
+            if kind == "name" and eqn.params["name"] in self.names:
+                return [self.names[eqn.params["name"]](operands[0])]
             return compat.bind(eqn, operands)
         if kind == "concatenate":
             return [self._join(eqn, operands)]
@@ -109,6 +117,11 @@ class Body:
         if kind in LAYOUT and isinstance(operands[0], Tracked):
             return [self._follow(eqn, kind, operands)]
         return self._other_use(eqn, operands, f"read by {kind}")
+
+    def _names_inside(self, eqn: Any) -> bool:
+        return bool(self.names) and not compat.names_in_bodies(eqn).isdisjoint(
+            self.names
+        )
 
     def _name_sources(self, eqn: Any, kind: str, number: int) -> None:
         """Layout copies of one activation keep one identity."""
@@ -230,7 +243,7 @@ class Body:
 
     def nested(self) -> "Body":
         """An interpreter for a body inside this one."""
-        return Body(self.rule, self.enter, self.everything, self.cache)
+        return Body(self.rule, self.enter, self.everything, self.names, self.cache)
 
     def renumber(self, operands: Sequence[Any]) -> list[Any]:
         """Operands of a nested body: a leaf is known there by its position.

@@ -10,6 +10,7 @@ from qjax.train.loftq import LoftQ
 from qjax.train.lora import Adapters, LoRA, lora, merge_lora
 from qjax.train.lsq import LSQ
 from qjax.train.lsq_plus import LSQPlus
+from qjax.train.named import quantize_named
 from qjax.train.observed import Observed
 from qjax.train.pact import PACT
 from qjax.train.paretoq import ParetoQ
@@ -48,5 +49,6 @@ __all__ = [
     "initialise_lora",
     "lora",
     "merge_lora",
+    "quantize_named",
     "save_peft",
 ]

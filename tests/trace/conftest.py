@@ -113,6 +113,7 @@ EXPERTS = {
     "head_dim": 8,
 }
 NARROW = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
+GEMMA = {"head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2}
 MODELS = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
@@ -120,6 +121,7 @@ MODELS = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "gemma3": ("gemma3_text", GEMMA),
     "gpt2": ("gpt2", {}),
     "opt": ("opt", {}),
     "opt_350m": ("opt", NARROW),

@@ -9,10 +9,10 @@ pytestmark = pytest.mark.optimized
 # XLA folds what it knows before the program runs, and fuses inside a program only. The
 # pass makes known values anew in every program, and cuts at the sites, so that the
 # numbers are those of the whole program. There are two exceptions:
-# - where a norm ends a block (BERT, OPT-350m) the whole program makes its last product
-#   anew inside the residual sum, with one rounding less;
+# - where a norm ends a block (BERT, OPT-350m, Gemma) the whole program makes its last
+#   product anew inside the residual sum, with one rounding less;
 # - a product with joined leaves is made leaf by leaf.
-POST_NORM = ("bert", "opt_350m")
+POST_NORM = ("bert", "opt_350m", "gemma3")
 ROUNDING = 1e-6
 
 
@@ -32,6 +32,7 @@ ARCHITECTURES = (
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "gemma3",
     "gpt2",
     "opt",
     "opt_350m",
