@@ -144,7 +144,7 @@ def row_text(row: Row, tokenizer: Any = None) -> tuple[str, bool]:
     return tokenizer.apply_chat_template(messages, tokenize=False), True
 
 
-def _messages(row: Row) -> list[dict[str, str]]:
+def _messages(row: Row) -> list[dict[str, Any]]:
     """A row's conversation, in the names of chat templates."""
     if row.get("messages"):
         return [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
@@ -226,13 +226,18 @@ def _lines(path: Path) -> Iterator[Row]:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _object(path, number, json.loads(line))
+                    yield _object(path, number, _parsed(path, number, line))
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"corpus file {str(path)!r} is damaged: {error}") from error
+
+
+def _parsed(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
     except json.JSONDecodeError:
         raise ValueError(
             f"corpus file {str(path)!r}: line {number} is no JSON"
         ) from None
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"corpus file {str(path)!r} is damaged: {error}") from error
 
 
 def _object(path: Path, number: int, row: Any) -> Row:

@@ -3,7 +3,7 @@
 Both score the same items of the same tasks in float32; a record for each task says how
 often they predict the same.
 
-    python experiments/zero_shot/agreement.py --data FOLDER [--limit 500] [--tasks NAME]
+    python experiments/zero_shot/agreement.py --data FOLDER [--limit 200] [--tasks NAME]
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
     """Evaluate both on every task."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--tasks", nargs="+", default=["local_*"])
     parser.add_argument("--out", type=Path, default=HERE / "results/agreement.jsonl")
     options = parser.parse_args()

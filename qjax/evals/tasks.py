@@ -66,7 +66,7 @@ def evaluate_tasks(
     """
     _check(tasks, files, data, limit, fewshot)
     manager = _manager(tasks, files, data or files)
-    found = simple_evaluate(
+    found: Any = simple_evaluate(
         model,
         tasks=[name for each in tasks for name in _matches(manager, each)],
         task_manager=manager,

@@ -117,8 +117,8 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         wanted = [Continuation(tuple(a), tuple(b)) for _, a, b in requests]
         found = [(each.total, each.greedy) for each in self._score(wanted)]
-        for (text, _, _), answer in zip(requests, found):
-            self.cache_hook.add_partial("loglikelihood", text, answer)
+        for request, answer in zip(requests, found):
+            self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return found
 
     def _score(self, wanted: Sequence[Continuation]) -> list[Any]:
@@ -163,7 +163,7 @@ class HarnessModel(TemplateLM):
         """
         kinds: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            kinds.setdefault(repr(request.args[1]), []).append(number)
+            kinds.setdefault(repr(_arguments(request)[1]), []).append(number)
         found = [""] * len(requests)
         for numbers in kinds.values():
             texts = [requests[i].args[0] for i in numbers]
@@ -174,7 +174,8 @@ class HarnessModel(TemplateLM):
 
     def _write(self, texts: Sequence[str], request: Instance) -> list[str]:
         """Continuations of texts under the options of one request."""
-        options = dict(normalize_gen_kwargs(request.args[1], LONGEST_ANSWER))
+        normal: Any = normalize_gen_kwargs(_arguments(request)[1], LONGEST_ANSWER)
+        options: dict[str, Any] = dict(normal)
         count, temperature = options.pop("max_gen_toks"), _temperature(options)
         end, decode = self.eot_token_id, self.tokenizer.decode
         ending = None if end is None else decode(end)
@@ -217,6 +218,11 @@ class HarnessModel(TemplateLM):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+
+
+def _arguments(request: Instance) -> Any:
+    """What is asked: texts and, of writing, options."""
+    return request.args
 
 
 def _temperature(options: dict[str, Any]) -> float:

@@ -284,8 +284,8 @@ def _absmax(take: Take, size: int, K: int, N: int) -> np.ndarray:
 def _check_nested(take: Take, state: Mapping[str, Any]) -> None:
     block, offset = state["nested_blocksize"], state.get("nested_offset")
     whole = isinstance(block, int) and not isinstance(block, bool) and block > 0
-    number = isinstance(offset, (int, float)) and not isinstance(offset, bool)
-    if not whole or not number or not isfinite(offset):
+    number = isinstance(offset, float) and isfinite(offset)
+    if not whole or not number:
         raise ValueError(
             f"{take.module}: the quantization state says nested_blocksize={block!r}, "
             f"nested_offset={offset!r}; expected a positive whole number and a number"

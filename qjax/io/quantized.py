@@ -59,7 +59,9 @@ def reader_of(raw: Mapping[str, Any]) -> Reader | None:
       ValueError: an option of its quantization is not known.
     """
     found = raw.get("quantization_config")
-    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping):
+        return None
+    method = found.get("quant_method")
     if not isinstance(method, str) or method not in READERS:
         return None
     return READERS[method](found)

@@ -204,7 +204,7 @@ def test_code_of_the_model_is_not_copied(folder: Path, tmp_path: Path, capfd):
     (copy / "tokens.bin").write_bytes(b"x")
     (copy / "chat_template.jinja").write_text("{{ messages }}")
     made, out = tmp_path / "made", tmp_path / "out"
-    options = ["--scheme", "W8A16"]
+    options = ["--scheme", "W8A8"]
     assert main(["quantize", str(copy), str(made), *options]) == 0, capfd.readouterr()
     assert main(["export", str(made), str(out)]) == 0, capfd.readouterr().err
     for where in (made, out):
