@@ -58,9 +58,9 @@ def forms(program: Program) -> dict[str, tuple[Callable[..., Any], tuple[Any, ..
         program.weight.codes, scale, None, None, None, Int(4, group(128)), (K, N)
     )
     leaf = QTensor.of(coded, Layout("kn", (K, N)), jnp.bfloat16)
-    target = Target("tpu", program.generation)
+    here = Target("tpu", program.generation)
 
-    def ours(implementation: str) -> Callable[..., Any]:
+    def ours(implementation: str, target: Target = here) -> Callable[..., Any]:
         return lambda x, leaf: matmul(
             x, leaf, implementation=implementation, target=target
         )
@@ -69,7 +69,8 @@ def forms(program: Program) -> dict[str, tuple[Callable[..., Any], tuple[Any, ..
         "bfloat16, XLA": (dense, (x, shape((K, N), jnp.bfloat16))),
         "int4 array, scale on weights, XLA": (scaled_weights, (x, q, scale)),
         "int4 array, scale on sums, XLA": (scaled_sums, (x, q, scale)),
-        "qjax's words, XLA": (ours("xla"), (x, leaf)),
+        "qjax's words, decoded, XLA": (ours("xla", Target("cpu")), (x, leaf)),
+        "qjax's words, scale on sums, XLA": (ours("xla"), (x, leaf)),
         "qjax's words, Pallas": (ours("pallas"), (x, leaf)),
     }
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from qjax.core.coded import Coded
 from qjax.core.formats import Int, token
 from qjax.core.qtensor import Activation, QTensor, SiteActs
+from qjax.ops.sums import has_sums
 from qjax.ops.targets import Target
 from qjax_kernels.int_matmul import IntWeight, blocks
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul
@@ -26,11 +27,20 @@ class Choice:
       implementation: "xla" or "pallas".
       generation: whose kernel; None for XLA.
       refused: why the kernel does not run; empty if it does.
+      sums: XLA's form with scales on sums, for TPUs.
     """
 
     implementation: str
     generation: str | None = None
     refused: str = ""
+    sums: bool = False
+
+    @property
+    def name(self) -> str:
+        """`xla`, `xla, scales on sums` or `pallas v5e`."""
+        if self.generation is not None:
+            return f"{self.implementation} {self.generation}"
+        return self.implementation + ", scales on sums" * self.sums
 
 
 def choices(
@@ -42,7 +52,8 @@ def choices(
       ValueError: `implementation` is "pallas" and a part has no kernel.
     """
     if implementation == "xla":
-        return (Choice("xla", refused="XLA was asked for"),) * len(q.parts)
+        why = "XLA was asked for"
+        return tuple(_by_xla(part, q, site, x, target, why) for part in q.parts)
     found = tuple(choose(q, part, site, x, target) for part in q.parts)
     cannot = [c.refused for c in found if c.implementation == "xla"]
     if implementation == "pallas" and cannot:
@@ -54,8 +65,17 @@ def choose(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> Choice
     """The implementation of one part, for `x[*batch, M, K]`."""
     why = unfit(q, part, site, x, target)
     if why:
-        return Choice("xla", refused=why)
+        return _by_xla(part, q, site, x, target, why)
     return Choice("pallas", target.generation)
+
+
+def _by_xla(
+    part: Coded, q: QTensor, site: int, x: Any, target: Target, why: str
+) -> Choice:
+    """XLA, in the form that suits the platform."""
+    whole = q.site(site).activation is None and x.ndim == 2
+    on_tpu = target.platform == "tpu" and whole
+    return Choice("xla", refused=why, sums=on_tpu and has_sums(part))
 
 
 def unfit(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:

@@ -19,6 +19,7 @@ from qjax.ops.activations import (
 )
 from qjax.ops.kernels import Choice, choices, kernel_product
 from qjax.ops.outliers import split_outliers
+from qjax.ops.sums import sums_product
 from qjax.ops.targets import Target, here
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
@@ -117,7 +118,12 @@ def _matmul(
         for part, choice in zip(q.parts, chosen)
         if choice.generation is not None
     ]
-    values = [p for p, choice in zip(q.parts, chosen) if choice.generation is None]
+    terms += [
+        sums_product(x, part, dtype, precision)
+        for part, choice in zip(q.parts, chosen)
+        if choice.sums
+    ]
+    values = [p for p, c in zip(q.parts, chosen) if not c.generation and not c.sums]
     if acts.activation is not None:
         ways = [contraction(p.format, acts.activation.format) for p in values]
         coded = [p for p, way in zip(values, ways) if way != "values"]
@@ -225,6 +231,8 @@ def _int_dot(coded: CodedInput, part: Coded) -> Any:
     x, x_zero = integers(coded.codes, coded.grid, coded.format)
     grid = part.grid()
     w, w_zero = integers(part.unpack(), grid, part.format)
+    # 8-bit codes are stored as they are contracted: nothing passes over the weights.
+    w = part.codes if part.format.bits == 8 else w
     group = _groups(coded, part)
     K, (M, N) = part.shape[0], (x.shape[-1], w.shape[-1])
     xs, ws = (jnp.moveaxis(_cut(c, group), -3, 0) for c in (x, w))

@@ -66,8 +66,7 @@ def _explaining(
 
 
 def _names(chosen: Any) -> str:
-    names = (" ".join(filter(None, (c.implementation, c.generation))) for c in chosen)
-    return " + ".join(dict.fromkeys(names)) or "xla"
+    return " + ".join(dict.fromkeys(choice.name for choice in chosen)) or "xla"
 
 
 def _refusals(chosen: Any) -> str:

@@ -47,13 +47,13 @@ def test_kernels_agree_with_the_values(format, activation, simulated):
     q = quantized(format, activation)
     x = jax.random.normal(jax.random.key(1), (M, K), jnp.bfloat16)
 
-    def run(x, implementation):
+    def run(x, implementation, target):
         return matmul(
-            x, q, implementation=implementation, target=TPU, dtype=jnp.float32
+            x, q, implementation=implementation, target=target, dtype=jnp.float32
         )
 
-    y, pull = jax.vjp(lambda x: run(x, "pallas"), x)
-    expected, pull_xla = jax.vjp(lambda x: run(x, "xla"), x)
+    y, pull = jax.vjp(lambda x: run(x, "pallas", TPU), x)
+    expected, pull_xla = jax.vjp(lambda x: run(x, "xla", Target("cpu")), x)
     # XLA's form rounds weights to bfloat16, the kernel's does not.
     size = np.abs(np.asarray(x, np.float64)) @ np.abs(q.core(jnp.float32))
     assert (np.abs(y - expected) <= 2.0**-8 * size).all()
@@ -62,6 +62,30 @@ def test_kernels_agree_with_the_values(format, activation, simulated):
         assert (np.abs(y - exact) <= 2.0**-15 * size).all()
     seed = jnp.ones_like(y)
     np.testing.assert_array_equal(pull(seed)[0], pull_xla(seed)[0])
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        Int(4, group(64), symmetric=False),
+        Int(2, channel(), zero="float"),
+        Int(8, group(128)),
+    ],
+    ids=lambda format: format.name,
+)
+def test_scales_on_sums_agree_with_the_values(format):
+    """The form that XLA gets on a TPU, run where the tests are."""
+    q = quantized(format)
+    target = Target("tpu", None)
+    x = jax.random.normal(jax.random.key(1), (M, K))
+    (choice,) = choices(q, 0, x, "auto", target)
+    assert choice.name == "xla, scales on sums"
+    exact = np.asarray(x, np.float64) @ np.asarray(q.core(jnp.float32), np.float64)
+    y = matmul(x, q, target=target)
+    np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-3)
+    other = jax.grad(lambda x: matmul(x, q, target=Target("cpu")).sum())(x)
+    own = jax.grad(lambda x: matmul(x, q, target=target).sum())(x)
+    np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-3)
 
 
 REFUSALS = [

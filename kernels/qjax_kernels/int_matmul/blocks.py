@@ -88,7 +88,9 @@ def inputs(most: int, weight: IntWeight) -> int:
 @cache
 def table() -> dict[str, Any]:
     """What `blocks.json` holds."""
-    return json.loads(files(__package__).joinpath("blocks.json").read_text())
+    return json.loads(
+        files("qjax_kernels.int_matmul").joinpath("blocks.json").read_text()
+    )
 
 
 def choose(
