@@ -52,6 +52,7 @@ from qjax.io.export import export
 from qjax.io.huggingface import load_model
 from qjax.methods import (
     AWQ,
+    BRECQ,
     EETQ,
     GPTAQ,
     GPTQ,
@@ -62,12 +63,15 @@ from qjax.methods import (
     AutoRound,
     BiasCorrection,
     CrossLayerEqualization,
+    EfficientQAT,
     IMatrix,
     LLMInt8,
+    OmniQuant,
     SequentialMSE,
     SimplePTQ,
     SmoothQuant,
     ZeroQuant,
+    ZeroQuantLKD,
 )
 from qjax.models.functional import functional
 from qjax.observe import observe
@@ -105,6 +109,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AWQ",
+    "BRECQ",
     "EETQ",
     "GPTAQ",
     "GPTQ",
@@ -131,6 +136,7 @@ __all__ = [
     "Cross",
     "CrossLayerEqualization",
     "DoReFa",
+    "EfficientQAT",
     "Float",
     "Hessian",
     "Histogram",
@@ -149,6 +155,7 @@ __all__ = [
     "MovingAverageRange",
     "MovingRange",
     "Observed",
+    "OmniQuant",
     "ParetoQ",
     "PercentileRange",
     "PiSSA",
@@ -167,6 +174,7 @@ __all__ = [
     "StraightThrough",
     "Ternary",
     "ZeroQuant",
+    "ZeroQuantLKD",
     "apply",
     "block",
     "channel",
