@@ -358,7 +358,6 @@ GROUP = {"group_0": {"weights": {**W4, "bits": 4}}}
             "kv_cache_scheme",
         ),
         ({"AutoRoundModifier": {"scheme": "FP8"}}, "dynamic ones"),
-        ({"AutoRoundModifier": {"scheme": "W4A16", "iters": 0}}, "AutoRound.iters"),
         (
             {"QuantizationModifier": {"scheme": "FP8", "input_observer": "median"}},
             "input observer 'median' has no counterpart; known are minmax",
