@@ -52,6 +52,7 @@ from qjax.io.export import export
 from qjax.io.huggingface import load_model
 from qjax.methods import (
     AWQ,
+    BRECQ,
     EETQ,
     GPTAQ,
     GPTQ,
@@ -62,12 +63,15 @@ from qjax.methods import (
     AutoRound,
     BiasCorrection,
     CrossLayerEqualization,
+    EfficientQAT,
     IMatrix,
     LLMInt8,
+    OmniQuant,
     SequentialMSE,
     SimplePTQ,
     SmoothQuant,
     ZeroQuant,
+    ZeroQuantLKD,
 )
 from qjax.models.functional import functional
 from qjax.observe import observe
@@ -107,6 +111,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AWQ",
+    "BRECQ",
     "EETQ",
     "GPTAQ",
     "GPTQ",
@@ -134,6 +139,7 @@ __all__ = [
     "CrossLayerEqualization",
     "DoReFa",
     "DoReFaGradients",
+    "EfficientQAT",
     "Float",
     "Hessian",
     "Histogram",
@@ -152,6 +158,7 @@ __all__ = [
     "MovingAverageRange",
     "MovingRange",
     "Observed",
+    "OmniQuant",
     "ParetoQ",
     "PercentileRange",
     "PiSSA",
@@ -171,6 +178,7 @@ __all__ = [
     "Target",
     "Ternary",
     "ZeroQuant",
+    "ZeroQuantLKD",
     "apply",
     "block",
     "channel",

@@ -25,7 +25,7 @@ from qjax.trace.blocks import Block
 from qjax.trace.segments import evaluate
 from qjax.trace.stream import Lane, LeafKey, Stream
 
-ALIKE = ("iters", "batch_size", "quantized_input", "keep_best")
+ALIKE = ("iters", "batch_size", "quantized_input", "keep_best", "summed")
 
 
 @dataclass(frozen=True)
@@ -273,11 +273,15 @@ def _faked(
 def _mean(
     plan: Plan, lanes: Sequence[Data], lane: int, leaves: Any, chosen: Any
 ) -> Any:
-    """Mean squared error over the batches that were chosen of a lane."""
+    """Mean squared error over the batches that were chosen of a lane.
+
+    Of a method that is `summed`, over tokens, and the sum over features.
+    """
     piece, data = plan.pieces[lane], lanes[lane]
     rows = data.rows(chosen[lane])
     sums = jax.vmap(partial(_sums, piece, leaves, data.constants))(*rows)
-    return sums["error"].sum() / jnp.maximum(sums["count"].sum(), 1)
+    count = sums["tokens" if plan.methods[0].summed else "count"]
+    return sums["error"].sum() / jnp.maximum(count.sum(), 1)
 
 
 def _whole(plan: Plan, leaves: Any, lanes: Sequence[Data]) -> dict[str, Any]:

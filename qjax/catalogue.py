@@ -21,6 +21,7 @@ from qjax.methods import (
     QEP,
     RPTQ,
     RTN,
+    AutoRound,
     BiasCorrection,
     CrossLayerEqualization,
     IMatrix,
@@ -59,6 +60,7 @@ INTEGERS: dict[str, tuple[str, Callable[[Int], Any]]] = {
     "awq": ("AWQ", lambda weights: AWQ(weights=weights)),
     "gptq": ("GPTQ", lambda weights: GPTQ(weights=weights)),
     "gptaq": ("GPTAQ", lambda weights: GPTAQ(weights=weights)),
+    "autoround": ("AutoRound", lambda weights: AutoRound(weights=weights)),
     "qep": ("QEP", lambda weights: QEP(GPTQ(weights=weights))),
 }
 INTEGER = re.compile(rf"({'|'.join(('hqq', *INTEGERS))})-int(\d+)-g(\d+)")
@@ -115,7 +117,7 @@ COMPARED: tuple[str, ...] = (
 CALIBRATED: tuple[str, ...] = (
     *(
         f"{method}-int{bits}-g128"
-        for method in ("imatrix", "seqmse", "awq", "gptq", "gptaq", "qep")
+        for method in ("imatrix", "seqmse", "awq", "gptq", "gptaq", "qep", "autoround")
         for bits in (4, 3, 2)
     ),
     "W8A8",

@@ -4,23 +4,25 @@
       quant_modifiers:
         GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}
 
-Modifiers become AWQ, SmoothQuant, RTN, GPTQ (and IMatrix, where the observer says so).
-Two things are not taken over, since the traced program tells them: which layers feed
-which (`mappings`, with a warning) and how the model is cut (`sequential_targets`).
-Routers of experts stay in float unless a pattern names them. Defaults are those of
-llm-compressor 0.14, which for GPTQ's `actorder` are newer than many recipes.
+Modifiers become AWQ, SmoothQuant, RTN, GPTQ, AutoRound, and IMatrix where the observer
+says so. Two things are not taken over, since the traced program tells them: which
+layers feed which (`mappings`, with a warning) and how the model is cut
+(`sequential_targets`). Routers of experts stay in float unless a pattern names them.
+Defaults are those of llm-compressor 0.14, which for GPTQ's `actorder` are newer than
+many recipes.
 """
 
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qjax.core.formats import Int
 from qjax.core.scales import MINMAX, MSE
 from qjax.io.compressed_arguments import activation_of, scheme_of
 from qjax.io.modules import checked
-from qjax.methods import AWQ, GPTQ, RTN, IMatrix, SmoothQuant
+from qjax.methods import AWQ, GPTQ, RTN, AutoRound, IMatrix, SmoothQuant
 from qjax.recipe_modules import Modules, ignored, resolved
 from qjax.recipe_schemes import calibrator_of, search_of
 from qjax.schemes import Scheme, scheme
@@ -29,6 +31,7 @@ from qjax.trace.control import QuantizationWarning
 # Where these stand, no code changes.
 IDLE = frozenset(
     {"group", "index", "start", "end", "update", "batched_quantization"}
+    | {"enable_torch_compile", "device_ids"}
     | {"offload_device", "offload_hessians", "max_chunk_memory"}
     | {"sequential_update", "sequential_targets", "num_calibration_steps"}
     | {"bypass_divisibility_checks", "initialized_", "finalized_"}
@@ -45,7 +48,7 @@ KNOWN: dict[str, frozenset[str]] = {
         {"smoothing_strength", "mappings", "ignore", "algorithm"}
         | {"calibration_function"}
     ),
-    "AutoRoundModifier": QUANTIZES | {"iters", "lr", "batch_size"},
+    "AutoRoundModifier": QUANTIZES | {"iters", "lr", "batch_size", "disable_opt_rtn"},
 }
 ORDERS: dict[Any, str] = {
     None: "off",
@@ -104,8 +107,6 @@ def _steps(name: str, given: Mapping[str, Any], modules: Modules | None) -> list
         raise ValueError(f"modifier {name!r} is unknown; known are {', '.join(KNOWN)}")
     given = {k: v for k, v in given.items() if k not in IDLE}
     checked(name, given, KNOWN[name])
-    if name == "AutoRoundModifier":
-        raise ValueError("AutoRoundModifier: AutoRound joins with the learned methods")
     if given.get("mappings") is not None:
         warnings.warn(
             f"{name}.mappings is not used: the traced program tells which layers "
@@ -168,6 +169,27 @@ def _gptq(name: str, given: Mapping[str, Any], modules: Modules | None) -> list[
     return steps
 
 
+def _autoround(
+    name: str, given: Mapping[str, Any], modules: Modules | None
+) -> list[Any]:
+    """Formats as they are named; ranges are learned, so that observers have no part."""
+    fields = ("iters", "lr", "batch_size")
+    own = {k: given[k] for k in fields if given.get(k) is not None}
+    steps = []
+    for each in _groups(name, given, modules):
+        options = dict(each.options)
+        if {"search", "calibrator"} & set(options) or each.importance:
+            raise ValueError(
+                f"{name} learns the ranges of weights, and activations may only have "
+                "dynamic ones; leave out observers and static activations"
+            )
+        weights = options.get("weights")
+        if isinstance(weights, Int) and weights.symmetric:
+            options["weights"] = replace(weights, scale_rule="signed")
+        steps.append(AutoRound(**own, **options))
+    return steps
+
+
 def _order(name: str, order: Any) -> str:
     if order not in ORDERS:
         raise ValueError(
@@ -182,6 +204,7 @@ _BUILDERS = {
     "GPTQModifier": _gptq,
     "AWQModifier": _awq,
     "SmoothQuantModifier": _smoothquant,
+    "AutoRoundModifier": _autoround,
 }
 
 

@@ -7,7 +7,7 @@
 - awq: AWQ, then rounding to nearest (W4A16_ASYM); --duo-scaling
 - smoothquant: SmoothQuant, then GPTQ (W8A8); --smoothing-strength, --dampening-frac
 - simple_ptq: rounding to nearest (W8A8)
-- autoround: refused for now; --iters
+- autoround: AutoRound (W4A16); --iters
 
 OUTPUT holds the quantized weights, the model's configuration and tokenizer, and
 `report.jsonl`: what became of each leaf, site and mapping. Evaluate it on another text
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import tyro
 
@@ -29,7 +30,7 @@ from qjax.commands.output import wide_console
 from qjax.commands.quantize import SHELL
 from qjax.data import encode_text, windows
 from qjax.io.checkpoint import check_target, save
-from qjax.methods import AWQ, GPTQ, RTN, SimplePTQ, SmoothQuant
+from qjax.methods import AWQ, GPTQ, RTN, AutoRound, SimplePTQ, SmoothQuant
 from qjax.quantize import quantize_with_report
 from qjax.recipes import needs_data, steps_of
 
@@ -38,6 +39,7 @@ SCHEMES = {
     "awq": "W4A16_ASYM",
     "smoothquant": "W8A8",
     "simple_ptq": "W8A8",
+    "autoround": "W4A16",
 }
 # The options that belong to some methods only.
 OPTIONS = {
@@ -83,7 +85,7 @@ class Options:
     dataset: Literal["pydoc", "wikitext2", "c4", "ptb"] | None = None
     """A named text (pydoc, which needs no network)."""
     seed: int = 0
-    """Of the choice of windows."""
+    """Of the choice of windows, and of AutoRound's minibatches."""
     resume: Path | None = None
     """Folder in which finished blocks are kept, so that a killed run continues."""
     overwrite: bool = False
@@ -119,6 +121,9 @@ def recipe_of(options: Options) -> tuple[Any, ...]:
             SmoothQuant(0.8 if strength is None else strength, **patterns),
             GPTQ(scheme=name, damping=damping, **patterns),
         )
+    if options.method == "autoround":
+        iters = 200 if options.iters is None else options.iters
+        return (AutoRound(name, iters=iters, **patterns),)
     return (SimplePTQ(scheme=name, **patterns),)
 
 
@@ -160,6 +165,7 @@ def run(options: Options) -> None:
         calibration(options, model) if data else None,
         example=None if data else model.example,
         resume=options.resume if data else None,
+        key=jax.random.key(options.seed),
     )
     shell = {file.name: file for p in SHELL for file in model.folder.glob(p)}
     with tempfile.TemporaryDirectory() as folder:
@@ -183,9 +189,6 @@ def run(options: Options) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 an error, 2 wrong usage."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    if options.method == "autoround":
-        print("autoround joins with the learned methods", file=sys.stderr)
-        return 2
     try:
         run(options)
     except (ValueError, TypeError, OSError) as error:

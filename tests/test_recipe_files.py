@@ -357,7 +357,7 @@ GROUP = {"group_0": {"weights": {**W4, "bits": 4}}}
             {"GPTQModifier": {"scheme": "W4A16", "kv_cache_scheme": {"num_bits": 8}}},
             "kv_cache_scheme",
         ),
-        ({"AutoRoundModifier": {"scheme": "W4A16"}}, "joins with the learned methods"),
+        ({"AutoRoundModifier": {"scheme": "FP8"}}, "dynamic ones"),
         (
             {"QuantizationModifier": {"scheme": "FP8", "input_observer": "median"}},
             "input observer 'median' has no counterpart; known are minmax",

@@ -80,7 +80,7 @@ class CalibrationText:
     batch: int = 4
     """Windows in a batch."""
     seed: int = 0
-    """Of the choice of windows."""
+    """Of the choice of windows, and of what methods draw."""
 
     def load(self) -> Text:
         """The text. Raises ValueError if two are asked for, OSError if none is had."""

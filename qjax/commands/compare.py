@@ -72,7 +72,14 @@ class Compare:
         lines.unlink(missing_ok=True)
         records = []
         for record in _rows(
-            model, chosen, batches, tokens, protocol, self.dtype, context
+            model,
+            chosen,
+            batches,
+            tokens,
+            protocol,
+            self.dtype,
+            context,
+            self.calibration.seed,
         ):
             results.append(lines, record)
             records.append(record)
@@ -109,6 +116,7 @@ def _rows(
     protocol: Protocol,
     dtype: Dtype,
     context: dict[str, Any],
+    seed: int,
 ) -> Iterator[Record]:
     """One record a recipe, full precision first."""
     yardstick = Yardstick(model.run(model.params, dtype), tokens, protocol)
@@ -121,7 +129,7 @@ def _rows(
         for one in (None, *chosen):
             label = "full precision" if one is None else one.label
             bar.reset(part, description=f"{label}: quantizing", total=batches)
-            params, made = _quantized(model, one, calibration)
+            params, made = _quantized(model, one, calibration, seed)
             bar.update(part, description=f"{label}: evaluating")
             found = yardstick.measure(
                 model.run(params, dtype),
@@ -140,7 +148,7 @@ def calibrated(recipe: Any) -> bool:
 
 
 def _quantized(
-    model: Model, one: Named | None, calibration: Batches
+    model: Model, one: Named | None, calibration: Batches, seed: int
 ) -> tuple[Any, dict[str, Any]]:
     """The parameters of a row, with what making and keeping them took."""
     if one is None:
@@ -156,6 +164,7 @@ def _quantized(
                 calibration if calibrated(one.recipe) else None,
                 example=None if calibrated(one.recipe) else model.example,
                 progress=False,
+                key=jax.random.key(seed),
             )
         )
     made = {

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from qjax import methods
@@ -79,6 +80,7 @@ class Quantize:
             offload=options.offload,
             mesh=devices if data else None,
             progress=mesh.writes,
+            key=jax.random.key(options.seed),
         )
         if not mesh.writes:
             return

@@ -3,13 +3,16 @@
 from qjax.methods.autoround import AutoRound
 from qjax.methods.awq import AWQ
 from qjax.methods.bias_correction import BiasCorrection
+from qjax.methods.brecq import BRECQ
 from qjax.methods.cross_layer import CrossLayerEqualization
 from qjax.methods.eetq import EETQ
+from qjax.methods.efficientqat import EfficientQAT
 from qjax.methods.gptaq import GPTAQ
 from qjax.methods.gptq import GPTQ
 from qjax.methods.hqq import HQQ
 from qjax.methods.imatrix import IMatrix
 from qjax.methods.llm_int8 import LLMInt8
+from qjax.methods.omniquant import OmniQuant
 from qjax.methods.qep import QEP
 from qjax.methods.rptq import RPTQ
 from qjax.methods.rtn import RTN
@@ -17,6 +20,7 @@ from qjax.methods.sequential_mse import SequentialMSE
 from qjax.methods.simple_ptq import SimplePTQ
 from qjax.methods.smoothquant import SmoothQuant
 from qjax.methods.zeroquant import ZeroQuant
+from qjax.methods.zeroquant_lkd import ZeroQuantLKD
 
 METHODS = (
     RTN,
@@ -34,12 +38,17 @@ METHODS = (
     ZeroQuant,
     RPTQ,
     AutoRound,
+    BRECQ,
+    OmniQuant,
+    EfficientQAT,
+    ZeroQuantLKD,
     BiasCorrection,
     CrossLayerEqualization,
 )
 
 __all__ = [
     "AWQ",
+    "BRECQ",
     "EETQ",
     "GPTAQ",
     "GPTQ",
@@ -51,10 +60,13 @@ __all__ = [
     "AutoRound",
     "BiasCorrection",
     "CrossLayerEqualization",
+    "EfficientQAT",
     "IMatrix",
     "LLMInt8",
+    "OmniQuant",
     "SequentialMSE",
     "SimplePTQ",
     "SmoothQuant",
     "ZeroQuant",
+    "ZeroQuantLKD",
 ]

@@ -23,60 +23,31 @@ other, and activations stay in float while weights are learned.
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32
 
-from qjax.core.coded import pack_codes
 from qjax.core.formats import Int
-from qjax.core.granularity import spread
-from qjax.core.rounding import clamp, divide, round_ste, straight_through
-from qjax.core.scales import MINMAX, Grid, block_range, scale_type
+from qjax.core.learned import clipped_grid, codes_of, in_steps, packed, weight_of
+from qjax.core.scales import Grid
 from qjax.methods.base import Solution, within
-from qjax.methods.blockwise import Blockwise, Trained
+from qjax.methods.blockwise import BlockwiseIntegers, Trained
 from qjax.schemes import Scheme
 
 RANGES = ("low", "high")
 
 
-def learned_grid(w: Float[Array, "... K N"], trained: Trained, format: Int) -> Grid:
-    """Scales and zeros of the groups, differentiable in the factors on their ranges."""
-    low, high = block_range(jax.lax.stop_gradient(w), format.granularity, MINMAX)
-    low, high = low * trained["low"], high * trained["high"]
-    return format.grid_of(low, high, scale_type(format.scale_dtype, w))
-
-
 def learned_codes(
     w: Float[Array, "... K N"], trained: Trained, format: Int
-) -> tuple[Float32[Array, "... K N"], Float32[Array, "..."], Grid]:
-    """Unsigned codes, zeros (both as float32), and the grid; straight-through.
-
-    `format` is an integer format of any granularity and zero point.
-    """
-    grid = learned_grid(w, trained, format)
-    K, N = w.shape[-2:]
-    scale = _spread(grid.scale, format, K, N)
-    x = divide(w.astype(jnp.float32), jnp.broadcast_to(scale, w.shape)) + trained["v"]
-    if format.symmetric:
-        zero = jnp.float32(format.half)
-        lowest = np.float32(format.scale_rule == "narrow")
-    else:
-        low = block_range(w, format.granularity, MINMAX)[0] * trained["low"]
-        exact = -_spread(low, format, K, N) / scale
-        zero = straight_through(exact, _spread(grid.zero, format, K, N))
-        lowest = np.float32(0)
-    codes = round_ste(x + zero) if format.zero == "float" else round_ste(x) + zero
-    return clamp(codes, lowest, np.float32(2**format.bits - 1)), zero, grid
-
-
-def _spread(values: Any, format: Int, K: int, N: int) -> Float32[Array, "..."]:
-    return spread(values.astype(jnp.float32), format.granularity, K, N)
+) -> tuple[Float32[Array, "... K N"], Grid, Float32[Array, "..."]]:
+    """Codes `u = clip(round(W / s + V) + z)`, the grid, and its zeros as float32."""
+    grid, zero = clipped_grid(w, trained["low"], trained["high"], format)
+    steps = in_steps(w, grid.scale, format) + trained["v"]
+    return codes_of(steps, zero, format), grid, zero
 
 
 @dataclass(frozen=True)
-class AutoRound(Blockwise):
+class AutoRound(BlockwiseIntegers):
     """AutoRound.
 
     Args:
@@ -110,11 +81,6 @@ class AutoRound(Blockwise):
         for name in ("lr", "minmax_lr"):
             if getattr(self, name) is not None:
                 within("AutoRound", name, getattr(self, name), 0, 10)
-        if not isinstance(self.format, Int):
-            raise ValueError(
-                f"AutoRound learns integer codes, not {self.format.name}; take a "
-                "format such as Int(4, group(128))"
-            )
 
     @classmethod
     def light(cls, scheme: str | None = None, **fields: Any) -> "AutoRound":
@@ -136,12 +102,6 @@ class AutoRound(Blockwise):
         return pair
 
     @property
-    def integers(self) -> Int:
-        """How the weights are stored."""
-        assert isinstance(self.format, Int)
-        return self.format
-
-    @property
     def step_sizes(self) -> tuple[float, float]:
         """Lengths of the first step, of `V` and of the factors."""
         long = self.iters >= 1000 and self.integers.bits <= 3
@@ -158,9 +118,8 @@ class AutoRound(Blockwise):
         self, w: Float[Array, "... K N"], trained: Trained, progress: Any = 0
     ) -> Float[Array, "... K N"]:
         """The weight as it is quantized, straight-through."""
-        codes, zero, grid = learned_codes(w, trained, self.integers)
-        scale = _spread(grid.scale, self.integers, *w.shape[-2:])
-        return ((codes - zero) * scale).astype(w.dtype)
+        codes, grid, zero = learned_codes(w, trained, self.integers)
+        return weight_of(codes, grid.scale, zero, self.integers).astype(w.dtype)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Steps by the sign of the gradient, shorter and shorter."""
@@ -181,6 +140,5 @@ class AutoRound(Blockwise):
 
     def finish(self, w: Float[Array, "... K N"], trained: Trained) -> Solution:
         """The coded weight, in one part."""
-        codes, _, grid = learned_codes(w, trained, self.integers)
-        found = codes.astype(jnp.uint8)
-        return Solution((pack_codes(found, grid, self.integers, w.shape[-2:]),))
+        codes, grid, _ = learned_codes(w, trained, self.integers)
+        return Solution((packed(codes, grid, self.integers),))

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from qjax.core.formats import Int
 from qjax.core.statistics import Statistic
 from qjax.methods.base import Solution, positive_integer
 from qjax.methods.shared import Formatted
@@ -27,6 +28,9 @@ Trained = dict[str, Any]
 class Blockwise(Formatted):
     """A method that solves all sites of a block together, by gradient descent.
 
+    `keep_best`: what is learned is that of the smallest loss, not of the last step.
+    `summed`: the loss is summed over features, not averaged.
+
     Raises:
         ValueError: a field out of range, or a static activation range.
     """
@@ -38,6 +42,7 @@ class Blockwise(Formatted):
 
     blockwise = True
     keep_best = True
+    summed = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,3 +109,26 @@ class Blockwise(Formatted):
     ) -> Solution:
         """A site that no batch reaches: as it is before the first step."""
         return self.finish(w, self.init(w.astype(jnp.float32)))
+
+
+@dataclass(frozen=True)
+class BlockwiseIntegers(Blockwise):
+    """One that learns integer codes.
+
+    Raises:
+        ValueError: formats that are no integers.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.format, Int):
+            raise ValueError(
+                f"{type(self).__name__} learns integer codes, not {self.format.name}; "
+                "take a format such as Int(4, group(128))"
+            )
+
+    @property
+    def integers(self) -> Int:
+        """How the weights are stored."""
+        assert isinstance(self.format, Int)
+        return self.format

@@ -60,7 +60,7 @@ class Block:
         return [self.tape.constants[c] for c in self.segment.constants]
 
     def made_from(self, keys: Sequence[LeafKey]) -> tuple[bool, ...]:
-        """Which of the live-out values are real numbers that depend on these leaves."""
+        """Which live-out values are arrays of reals that depend on these leaves."""
         numbers = [
             n for n, w in self.tape.weights.items() if (w.leaf, w.index) in set(keys)
         ]
@@ -68,9 +68,10 @@ class Block:
         for op in self.segment.ops:
             if any(isinstance(x, int) and x in derived for x in op.ins):
                 derived |= set(op.outs)
+        avals = [self.tape.avals[v] for v in self.live_out]
         return tuple(
-            v in derived and jnp.issubdtype(self.tape.avals[v].dtype, jnp.floating)
-            for v in self.live_out
+            v in derived and a.ndim > 0 and jnp.issubdtype(a.dtype, jnp.floating)
+            for v, a in zip(self.live_out, avals)
         )
 
 
@@ -106,8 +107,8 @@ def whole_blocks(tape: Tape, spans: Mapping[str, Span]) -> dict[str, Block]:
     """Blocks with what belongs to them before their first leaf and behind their last.
 
     A block ends where the least is carried on before another leaf is read (behind a
-    residual addition, not in front of it), and begins likewise. Only what was computed
-    from a leaf counts: masks and positions pass by.
+    residual addition, not in front of it), and begins likewise. Only what comes from a
+    leaf or from an input of real numbers counts: masks and positions pass by.
 
     Args:
       tape: the program.
@@ -138,18 +139,25 @@ def whole_blocks(tape: Tape, spans: Mapping[str, Span]) -> dict[str, Block]:
 
 
 def _carried(tape: Tape) -> np.ndarray:
-    """At each place, bytes that were made from leaves before it and are read later."""
+    """At each place, bytes that leaves and inputs gave and that are read from there."""
+    last, change = last_uses(tape), np.zeros(len(tape.ops) + 2, np.int64)
     derived: set[int] = set()
-    change, last = np.zeros(len(tape.ops) + 2, np.int64), last_uses(tape)
+
+    def carry(value: int, start: int) -> None:
+        aval = tape.avals[value]
+        size = prod(aval.shape) * aval.dtype.itemsize
+        derived.add(value)
+        change[start] += size
+        change[max(last[value] + 1, start)] -= size
+
+    for v in tape.inputs:
+        if jnp.issubdtype(tape.avals[v].dtype, jnp.floating):
+            carry(v, 0)
     for place, op in enumerate(tape.ops):
         reads = [x for x in op.ins if isinstance(x, int)]
         if any(x in tape.weights or x in derived for x in reads):
-            derived |= set(op.outs)
             for out in op.outs:
-                aval = tape.avals[out]
-                size = prod(aval.shape) * aval.dtype.itemsize
-                change[place + 1] += size
-                change[max(last[out], place) + 1] -= size
+                carry(out, place + 1)
     return np.cumsum(change)
 
 

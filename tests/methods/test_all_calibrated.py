@@ -88,6 +88,22 @@ ROWS = {
         (BAD_SCHEME, ({"iters": 0}, "iters"), ({"lr": -1.0}, "lr"),
          ({"scheme": "FP8"}, "static"), ({"scheme": "NF4"}, "integer codes")),
     ),
+    "brecq": Row(
+        qjax.BRECQ(weights=G32, iters=100, lr=0.03, batch_size=8), RTN3, 0.6,
+        (BAD_SCHEME, ({"warmup": 2.0}, "warmup")),
+    ),
+    "omniquant": Row(
+        qjax.OmniQuant(weights=ASYM, iters=50, lr=0.05), qjax.RTN(weights=ASYM), 0.98,
+        (BAD_SCHEME, ({"lr": 0.0}, "lr")),
+    ),
+    "efficientqat": Row(
+        qjax.EfficientQAT(weights=ASYM, iters=60, lr=1e-3, weight_lr=1e-3),
+        qjax.RTN(weights=ASYM), 0.7, (BAD_SCHEME, ({"weight_lr": -1.0}, "weight_lr")),
+    ),
+    "zeroquant-lkd": Row(
+        qjax.ZeroQuantLKD(weights=G32, iters=60, lr=1e-3), RTN3, 0.7,
+        (BAD_SCHEME, ({"batch_size": 0}, "batch_size")),
+    ),
     "rptq": Row(qjax.RPTQ(then=qjax.RTN(weights=Int(4))), qjax.RTN("W4A4"), 0.9),
     "bias-correction": Row((RTN3, qjax.BiasCorrection()), RTN3, 1.0),
     "equalization": Row((qjax.CrossLayerEqualization(), RTN3), RTN3, 1.5),

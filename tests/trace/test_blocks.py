@@ -9,7 +9,7 @@ import pytest
 
 import qjax
 from qjax.observe import namer
-from qjax.trace.blocks import find_blocks
+from qjax.trace.blocks import find_blocks, spans_of, whole_blocks
 from qjax.trace.segments import evaluate, live
 from qjax.trace.sites import sites
 
@@ -149,3 +149,37 @@ def test_without_numbered_layers_there_are_no_blocks(kit):
 
     params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
     assert opened(kit, f, params, jnp.ones((2, 4)))[1] == ()
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2", "bert"])
+def test_whole_blocks_carry_the_residual_stream_alone(kit, name, scan):
+    f, params = kit.model(name, layers=3, scan_layers=scan)
+    lane = kit.lanes(f, params, [(kit.tokens(2, 12),)])[0]
+    called = namer(sites(f, params, kit.tokens(2, 12)), lane.program)
+    spans = spans_of(lane.tape, called, lambda b: b.rsplit("/", 1)[-1].isdigit())
+    blocks = whole_blocks(lane.tape, spans).values()
+    assert [b.name for b in blocks] == ["layers/0", "layers/1", "layers/2"]
+    for block in blocks:
+        (out,) = [
+            v for v, yes in zip(block.live_out, block.made_from(block.leaves)) if yes
+        ]
+        assert lane.tape.avals[out].shape == (2, 12, 32)
+        assert block.start <= spans[block.name][0] < spans[block.name][1] <= block.stop
+    assert len({b.segment.key for b in blocks}) == 1
+
+
+def test_blocks_that_take_turns_are_refused(kit):
+    def f(params, x):
+        for name in ("a", "b"):
+            for layer in params["layers"]:
+                x = jnp.tanh(x @ layer[name])
+        return x
+
+    params = {"layers": [dict.fromkeys("ab", jnp.ones((4, 4))) for _ in range(2)]}
+    with pytest.raises(
+        ValueError, match="layers/1 is read before layers/0 is finished"
+    ):
+        lane = kit.lanes(f, params, [(jnp.ones((2, 4)),)])[0]
+        called = namer(sites(f, params, jnp.ones((2, 4))), lane.program)
+        whole_blocks(lane.tape, spans_of(lane.tape, called, lambda block: True))
