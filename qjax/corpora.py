@@ -222,6 +222,7 @@ def _list(path: Path) -> Iterator[Row]:
 
 
 def _lines(path: Path) -> Iterator[Row]:
+    number = 1
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):

@@ -75,7 +75,9 @@ def evaluate_tasks(
         apply_chat_template=chat_template,
         bootstrap_iters=0,
     )
-    return [_scores(name, found) for name in found["results"]]
+    assert found is not None  # it is None on ranks above 0 alone
+    results: dict[str, Any] = dict(found)
+    return [_scores(name, results) for name in results["results"]]
 
 
 def _check(tasks, files, data, limit, fewshot) -> None:
