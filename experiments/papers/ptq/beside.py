@@ -3,12 +3,12 @@
     python experiments/papers/ptq/beside.py
     python scripts/render_tables.py
 
-Reads what `run.py` and `peer.py` wrote, and what they wrote with other batches into
-`*_more.jsonl`. Perplexity and KL divergence are means over all runs of a method;
-`excess` is qjax's perplexity over the peer's, less 1, in percent, and `excess_error`
-the standard error of it. Seconds and memory are those of the bundled model alone,
-measured on an idle machine. Exits with 1 if a method of `HELD` is more than 0.5 % above
-the peer on a text.
+Reads what `run.py` and `peer.py` wrote, what they wrote with other batches into
+`*_more.jsonl`, and of a random 1B Llama into `*_1b.jsonl`. Perplexity and KL divergence
+are means over all runs of a method; `excess` is qjax's perplexity over the peer's, less
+1, in percent, and `excess_error` the standard error of it. Seconds and memory are those
+of the bundled model, measured on an idle machine, and of the 1B model, on one core.
+Exits with 1 if a method of `HELD` is more than 0.5 % above the peer on a text.
 """
 
 import json
@@ -31,6 +31,7 @@ HELD = (
     "smoothquant-gptq-w8a8",
 )
 LIMIT = 0.5
+TIMED = ("tiny_llama", "random_1b")
 Key = tuple[str, str]
 
 
@@ -56,10 +57,15 @@ def error(values: np.ndarray) -> float:
     return 100 * values.std(ddof=1) / len(values) ** 0.5 / values.mean()
 
 
+def evaluated(row: dict[str, Any]) -> list[str]:
+    """The texts on which a row was evaluated."""
+    return [text for text in TEXTS if f"perplexity_{text}" in row["metrics"]]
+
+
 def beside(key: Key, ours: Any, theirs: Any) -> Record:
     """One row of the table."""
     metrics: dict[str, Any] = {}
-    for text in TEXTS:
+    for text in evaluated(theirs):
         a, b = (runs(side, key, f"perplexity_{text}") for side in ("qjax", "peer"))
         metrics |= {
             "runs_qjax": len(a),
@@ -71,7 +77,7 @@ def beside(key: Key, ours: Any, theirs: Any) -> Record:
         }
         for side in ("qjax", "peer"):
             metrics[f"{text}_kl_{side}"] = runs(side, key, f"kl_{text}").mean()
-    if key[0] == "tiny_llama":
+    if key[0] in TIMED:
         for side, found in (("qjax", ours["metrics"]), ("peer", theirs["metrics"])):
             metrics[f"cold_{side}"] = found["cold_seconds"]
             if "warm_seconds" in found:
@@ -84,7 +90,9 @@ def beside(key: Key, ours: Any, theirs: Any) -> Record:
 
 def main() -> str | None:
     """Write the rows; the return value is the complaint."""
-    ours, theirs = rows("qjax.jsonl"), rows("peer.jsonl")
+    ours, theirs = (
+        rows(f"{n}.jsonl") | rows(f"{n}_1b.jsonl") for n in ("qjax", "peer")
+    )
     path = RESULTS / "beside.jsonl"
     partial = path.with_name(".beside.jsonl.part")
     partial.unlink(missing_ok=True)
@@ -94,7 +102,7 @@ def main() -> str | None:
             continue
         record = beside(key, ours[key], theirs[key])
         append(partial, record)
-        for text in TEXTS:
+        for text in evaluated(theirs[key]):
             excess = record.metrics[f"{text}_excess"]
             if key[1] in HELD and excess > LIMIT:
                 above.append(f"{record.label} {text} {excess:+.2f} %")
