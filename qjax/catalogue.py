@@ -14,6 +14,7 @@ from qjax.allocate import MixedPrecision
 from qjax.core.formats import Float, Int, channel, group
 from qjax.methods import (
     AWQ,
+    BRECQ,
     EETQ,
     GPTAQ,
     GPTQ,
@@ -24,12 +25,15 @@ from qjax.methods import (
     AutoRound,
     BiasCorrection,
     CrossLayerEqualization,
+    EfficientQAT,
     IMatrix,
     LLMInt8,
+    OmniQuant,
     SequentialMSE,
     SimplePTQ,
     SmoothQuant,
     ZeroQuant,
+    ZeroQuantLKD,
 )
 from qjax.schemes import SCHEMES
 
@@ -62,6 +66,10 @@ INTEGERS: dict[str, tuple[str, Callable[[Int], Any]]] = {
     "gptaq": ("GPTAQ", lambda weights: GPTAQ(weights=weights)),
     "autoround": ("AutoRound", lambda weights: AutoRound(weights=weights)),
     "qep": ("QEP", lambda weights: QEP(GPTQ(weights=weights))),
+    "brecq": ("BRECQ", lambda weights: BRECQ(weights=weights)),
+    "omniquant": ("OmniQuant", lambda weights: OmniQuant(weights=weights)),
+    "efficientqat": ("EfficientQAT", lambda weights: EfficientQAT(weights=weights)),
+    "lkd": ("ZeroQuantLKD", lambda weights: ZeroQuantLKD(weights=weights)),
 }
 INTEGER = re.compile(rf"({'|'.join(('hqq', *INTEGERS))})-int(\d+)-g(\d+)")
 
@@ -117,13 +125,23 @@ COMPARED: tuple[str, ...] = (
 CALIBRATED: tuple[str, ...] = (
     *(
         f"{method}-int{bits}-g128"
-        for method in ("imatrix", "seqmse", "awq", "gptq", "gptaq", "qep", "autoround")
+        for method in ("imatrix", "seqmse", "awq", "gptq", "gptaq", "qep")
         for bits in (4, 3, 2)
     ),
     "W8A8",
     *SPECIAL,
 )
-GROUPS: dict[str, tuple[str, ...]] = {"data-free": COMPARED, "calibrated": CALIBRATED}
+# What is trained block by block, which takes long; `--recipes blockwise`.
+BLOCKWISE: tuple[str, ...] = tuple(
+    f"{method}-int{bits}-g128"
+    for method in ("autoround", "brecq", "omniquant", "efficientqat", "lkd")
+    for bits in (4, 3, 2)
+)
+GROUPS: dict[str, tuple[str, ...]] = {
+    "data-free": COMPARED,
+    "calibrated": CALIBRATED,
+    "blockwise": BLOCKWISE,
+}
 
 
 def named(name: str) -> Named:

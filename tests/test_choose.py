@@ -6,7 +6,7 @@ import pytest
 
 from qjax import methods
 from qjax.allocate import MixedPrecision
-from qjax.catalogue import COMPARED, expanded, named
+from qjax.catalogue import COMPARED, GROUPS, expanded, named
 from qjax.choose import OPTIONS, Needs, choose, would_suit
 from qjax.methods import HQQ, RTN
 from qjax.recipes import steps_of
@@ -130,7 +130,7 @@ def test_compared_recipes_are_the_table_of_the_demo():
 
 
 def test_every_method_has_a_short_name():
-    recipes = [one.recipe for one in expanded(("data-free", "calibrated"))]
+    recipes = [one.recipe for one in expanded(tuple(GROUPS))]
     steps = {step for recipe in recipes for step in steps_of(recipe)}
     steps |= {step.then for step in steps if hasattr(step, "then")}
     assert {type(step) for step in steps} == {*methods.METHODS, MixedPrecision}

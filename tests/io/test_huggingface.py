@@ -204,7 +204,7 @@ def test_damaged_config(folder: Path):
 
 def test_unknown_model_type_lists_the_known(folder: Path):
     write_config(folder, model_type="mamba")
-    with pytest.raises(ValueError, match="'mamba', supported are bert, gpt2, llama"):
+    with pytest.raises(ValueError, match="'mamba', supported are bert, gemma2, "):
         load_model(folder)
 
 
