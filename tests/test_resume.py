@@ -39,8 +39,8 @@ def count():
         os.kill(os.getpid(), signal.SIGKILL)
 
 if where == "inside":
-    import qjax.io.checkpoint as checkpoint
-    checkpoint.publish = dying(checkpoint.publish, "before")
+    import qjax.io.folder as folder
+    folder.publish = dying(folder.publish, "before")
 elif where == "between":
     journal.Journal.write = dying(journal.Journal.write, "before")
 elif where == "after":

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -21,7 +20,7 @@ import numpy as np
 from qjax.core.qtensor import is_quantized
 from qjax.io.arrays import Spec, place, read_arrays, spec_of, write_arrays
 from qjax.io.describe import describe
-from qjax.io.folder import check_file, fingerprints, inside, publish
+from qjax.io.folder import check_file, fingerprints, inside, published
 from qjax.io.orbax import read_folder, write_folder
 from qjax.io.treespec import decode, dtype_of, encode
 from qjax.trace.paths import flatten_with_paths
@@ -80,17 +79,11 @@ def save(
         "tree": tree,
     }
     _check_json(body)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, prefix=f".{path.name}."
-    ) as temporary:
-        folder = Path(temporary) / "new"
-        folder.mkdir()
+    with published(path) as folder:
         _write_storage(folder / ARRAYS[format], format, arrays)
         for name, source in (files or {}).items():
             _copy(Path(source), folder, name)
         _write_manifest(folder, body)
-        publish(folder, path)
     return path
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from qjax.core.qtensor import QTensor, is_quantized
 from qjax.io import awq, bitsandbytes, compressed_tensors, gptq, hqq
-from qjax.io.folder import publish
+from qjax.io.folder import published
 from qjax.io.fused import Stored, warn_of_unlike
 from qjax.io.huggingface import find_folder, read_config
 from qjax.io.matrices import Matrix
@@ -96,18 +95,12 @@ def export(
         raise FileExistsError(f"{path} exists already: give another folder")
     source = find_folder(os.fspath(model))
     bits = _bits(qparams)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, prefix=f".{path.name}."
-    ) as temporary:
-        folder = Path(temporary) / "new"
-        folder.mkdir()
+    with published(path) as folder:
         schemes = _write(folder, source, qparams, format, shard_bytes)
         _copy(source, folder)
         base = base or _name(model, source)
         card = model_card(path.name, base, format, bits, schemes, recipe, quality)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        publish(folder, path)
     return path
 
 

@@ -4,9 +4,24 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which is named `path` once the block ends without error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix=f".{path.name}."
+    ) as temporary:
+        folder = Path(temporary) / "new"
+        folder.mkdir()
+        yield folder
+        publish(folder, path)
 
 
 def publish(folder: Path, path: Path) -> None:

@@ -59,15 +59,18 @@ def apply(
         require_loaded(params)
         if not any(is_quantized(x) for x in leaves):
             return f(params, *inputs, **options)
-        program = trace(f, params, inputs, options)
-        body = interpreter(rule)
-        operands = program.operands(track=is_quantized)
-        outputs = body.run(program.jaxpr, program.consts, operands)
-        flat = body.as_floats("return", outputs, "returned by the function")
-        warn_of(program, body.events)
-        return jax.tree.unflatten(program.out_tree, flat)
+        return evaluated(trace(f, params, inputs, options), interpreter(rule))
 
     return applied
+
+
+def evaluated(program: Program, body: Any) -> Any:
+    """What the program returns, run by an interpreter, in its own structure."""
+    operands = program.operands(track=is_quantized)
+    outputs = body.run(program.jaxpr, program.consts, operands)
+    flat = body.as_floats("return", outputs, "returned by the function")
+    warn_of(program, body.events)
+    return jax.tree.unflatten(program.out_tree, flat)
 
 
 def warn_of(program: Program, events: list[Any]) -> None:

@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
 from qjax.core.formats import Format
-from qjax.core.qtensor import is_quantized
-from qjax.trace.apply import low_bit, warn_of
+from qjax.trace.apply import evaluated, low_bit
 from qjax.trace.compat import names_in
 from qjax.trace.control import interpreter
 from qjax.trace.program import trace
@@ -59,11 +57,7 @@ def quantize_named(
                     + (", ".join(sorted(known)) or "none")
                 )
         body = interpreter(low_bit, names=rules)
-        operands = program.operands(track=is_quantized)
-        outputs = body.run(program.jaxpr, program.consts, operands)
-        flat = body.as_floats("return", outputs, "returned by the function")
-        warn_of(program, body.events)
-        return jax.tree.unflatten(program.out_tree, flat)
+        return evaluated(program, body)
 
     return f_named
 

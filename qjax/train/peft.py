@@ -5,7 +5,6 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from qjax.io.folder import publish
+from qjax.io.folder import published
 from qjax.models import architecture
 from qjax.train.lora import Adapters, LoRA, Place
 
@@ -61,15 +60,11 @@ def save_peft(
             names.append(module)
             tensors |= _tensors(module, factors)
     body = _config(adapters.config, names, base_model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as new:
-        folder = Path(new) / "new"
-        folder.mkdir()
+    with published(path) as folder:
         text = json.dumps(body, indent=2, sort_keys=True) + "\n"
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         file = folder / "adapter_model.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
-        publish(folder, path)
     return path
 
 
