@@ -121,10 +121,10 @@ def kernel(*references: Any, plan: Plan) -> None:
     @pl.when(step == 0)
     def _start():
         refs.wide[...] = refs.scale[...].astype(jnp.float32)
-        refs.total[...] = _offset(refs, plan)
+        refs.total[...] = offset(refs, plan)
 
     for first in range(0, refs.out.shape[1], plan.blocks.tile):
-        _accumulate(refs, pl.ds(first, plan.blocks.tile), step, plan)
+        accumulate(refs, pl.ds(first, plan.blocks.tile), step, plan)
 
     @pl.when(step == plan.steps - 1)
     def _finish():
@@ -158,7 +158,7 @@ def _members(step: int, plan: Plan) -> jax.Array:
     return same.astype(jnp.float32).astype(jnp.bfloat16)
 
 
-def _offset(refs: Refs, plan: Plan) -> Any:
+def offset(refs: Refs, plan: Plan) -> Any:
     """What zero points and the bias of decoding take away, before anything is added."""
     if not plan.sums:
         return jnp.zeros_like(refs.total)
@@ -170,7 +170,7 @@ def _offset(refs: Refs, plan: Plan) -> Any:
     return -lax.dot(refs.x_sums[...], weights, precision=lax.Precision.HIGHEST)
 
 
-def _accumulate(refs: Refs, columns: Any, step: Any, plan: Plan) -> None:
+def accumulate(refs: Refs, columns: Any, step: Any, plan: Plan) -> None:
     """Add one step's inputs to a tile of outputs."""
     total = refs.total[:, columns]
     for first in range(0, plan.blocks.k, plan.chunk):
