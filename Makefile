@@ -50,8 +50,9 @@ clean:
 	touch $@
 
 .venv/.kernels: .venv/.demo
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade \
-	  -c requirements.lock --target .venv/libtpu libtpu
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
+	  $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade \
+	    -c requirements.lock --target .venv/libtpu libtpu; fi
 	touch $@
 
 .venv/.test: $(DEPENDS) | .venv/bin/python

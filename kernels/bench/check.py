@@ -1,55 +1,52 @@
-"""Compile the gate set for TPUs; fail on an error, or on more bundles than committed.
+"""Compile the gate set; fail on an error, or where a metric is above its budget.
 
-python kernels/bench/check.py            compare with budget.jsonl
-python kernels/bench/check.py --write    measure what budget.jsonl lacks
-python kernels/bench/check.py v5e        one generation only
+python kernels/bench/check.py               compare with budget/*.jsonl
+python kernels/bench/check.py --write       measure what budget/*.jsonl lack
+python kernels/bench/check.py v5e           one kind of hardware only
+python kernels/bench/check.py int_matmul    one file of gates/ only
 """
 
 import sys
 import time
-from dataclasses import asdict
-from pathlib import Path
 
-import schedule
-from programs import GATE, Program, context
+import schedule  # noqa: F401  # sets what must be set before JAX is imported
+from programs import Program, budget_of, context, gates
 
 from qjax.results import Record, append, read
-from qjax_kernels.int_matmul.pallas_tpu import name_of
-
-BUDGET = Path(__file__).parent / "budget.jsonl"
 
 
-def measure(program: Program) -> Record:
-    """Compile one program."""
-    generation, blocks = program.generation, program.blocks
-    name = name_of(program.weight, program.int8)
-    found = schedule.compile_for(
-        generation, name, program.function(), *program.arguments()
-    )
-    memory = schedule.memory_cycles(generation, program.weight_bytes(blocks))
-    products = schedule.product_cycles(
-        generation, blocks.m, blocks.k, blocks.n, program.int8
-    )
-    metrics = {
-        "bundles": found.bundles,
-        "hbm_cycles": memory,
-        "mxu_cycles": products,
-        "over_limit": max(found.bundles, memory) / max(memory, products),
-        "bundles_beside": found.beside,
-        "temporary_bytes": found.temporaries,
-    }
-    config = {"program": asdict(program), "blocks": asdict(blocks)}
-    return Record(program.label, config, metrics, context())
-
-
-def complaint(now: Record, budget: Record | None) -> str:
+def complaint(now: Record, budget: Record | None, budgeted: tuple[str, ...]) -> str:
     """What is wrong with a measurement; empty if nothing is."""
     if budget is None:
-        return "is not in budget.jsonl; run with --write"
-    if now.config["blocks"] != budget.config["blocks"]:
-        return "has other blocks than in budget.jsonl; remove its line and --write"
-    bundles, allowed = now.metrics["bundles"], budget.metrics["bundles"]
-    return f"has {bundles} bundles, {allowed} allowed" if bundles > allowed else ""
+        return "is not in its budget; run with --write"
+    if now.config != budget.config:
+        return "has another config than its budget; remove its line and --write"
+    over = [
+        f"has {now.metrics[name]} {name}, {budget.metrics[name]} allowed"
+        for name in budgeted
+        if now.metrics[name] > budget.metrics[name]
+    ]
+    return "; ".join(over)
+
+
+def chosen(name: str, program: Program, words: list[str]) -> bool:
+    """Whether the command line asks for a program."""
+    return not words or name in words or program.label.split()[0] in words
+
+
+def checked(name: str, program: Program, budgets: dict[str, Record], writes: bool):
+    """Measure one program, write it down or compare; what is wrong, or empty."""
+    start = time.monotonic()
+    metrics = program.measure()
+    seconds = time.monotonic() - start
+    record = Record(program.label, program.config, metrics, context())
+    counts = ", ".join(f"{metrics[key]} {key}" for key in program.budgeted)
+    print(f"{program.label}: {counts}, {seconds:.0f} s", flush=True)
+    if writes:
+        append(budget_of(name), record)
+        return ""
+    wrong = complaint(record, budgets.get(program.label), program.budgeted)
+    return f"{program.label} {wrong}" if wrong else ""
 
 
 def main(arguments: list[str]) -> str | None:
@@ -58,23 +55,18 @@ def main(arguments: list[str]) -> str | None:
         print("nothing is checked: libtpu is pinned for JAX 0.10.2, on Python 3.11")
         return None
     writes = "--write" in arguments
-    chosen = [word for word in arguments if word != "--write"]
-    budgets = {r.label: r for r in read(BUDGET)} if BUDGET.exists() else {}
+    words = [word for word in arguments if word != "--write"]
     wrong = []
-    for program in GATE:
-        if chosen and program.generation not in chosen:
-            continue
-        if writes and program.label in budgets:
-            continue
-        start = time.monotonic()
-        record = measure(program)
-        seconds = time.monotonic() - start
-        print(f"{record.label}: {record.metrics['bundles']} bundles, {seconds:.0f} s")
-        if writes:
-            append(BUDGET, record)
-        elif problem := complaint(record, budgets.get(record.label)):
-            wrong.append(f"{record.label} {problem}")
-    return "\n".join(wrong) or None
+    for name, programs in gates().items():
+        path = budget_of(name)
+        budgets = {r.label: r for r in read(path)} if path.exists() else {}
+        wrong += [
+            checked(name, program, budgets, writes)
+            for program in programs
+            if chosen(name, program, words)
+            and not (writes and program.label in budgets)
+        ]
+    return "\n".join(line for line in wrong if line) or None
 
 
 if __name__ == "__main__":

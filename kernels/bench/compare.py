@@ -14,7 +14,8 @@ from typing import Any
 import aot
 import jax
 import jax.numpy as jnp
-from programs import Program, context
+from gates.int_matmul import Case
+from programs import context
 
 from qjax.core.coded import Coded
 from qjax.core.formats import Int, group
@@ -49,16 +50,16 @@ def scaled_sums(x: Any, q: Any, scale: Any) -> jax.Array:
     return (sums * scale[:, None]).sum(0).astype(x.dtype)
 
 
-def forms(program: Program) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+def forms(case: Case) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Label, function and argument shapes of each form."""
-    M, K, N = program.M, program.K, program.N
-    x, scale = shape((M, K), jnp.bfloat16), program.weight.scale
+    M, K, N = case.M, case.K, case.N
+    x, scale = shape((M, K), jnp.bfloat16), case.weight.scale
     q = shape((K, N), jnp.int4)
     coded = Coded(
-        program.weight.codes, scale, None, None, None, Int(4, group(128)), (K, N)
+        case.weight.codes, scale, None, None, None, Int(4, group(128)), (K, N)
     )
     leaf = QTensor.of(coded, Layout("kn", (K, N)), jnp.bfloat16)
-    here = Target("tpu", program.generation)
+    here = Target("tpu", case.generation)
 
     def ours(implementation: str, target: Target = here) -> Callable[..., Any]:
         return lambda x, leaf: matmul(
@@ -75,22 +76,22 @@ def forms(program: Program) -> dict[str, tuple[Callable[..., Any], tuple[Any, ..
     }
 
 
-def measure(program: Program) -> list[Record]:
+def measure(case: Case) -> list[Record]:
     """One record for each form."""
     records = []
-    for label, (f, shapes) in forms(program).items():
-        found = aot.compiled(program.generation, f, *shapes).memory_analysis()
+    for label, (f, shapes) in forms(case).items():
+        found = aot.compiled(case.generation, f, *shapes).memory_analysis()
         once = found.argument_size_in_bytes + found.output_size_in_bytes
         moved = once + 2 * found.temp_size_in_bytes
-        rate = chip(program.generation).mem_bw_bytes_per_second
+        rate = chip(case.generation).mem_bw_bytes_per_second
         metrics = {
             "temporary_megabytes": found.temp_size_in_bytes / 1e6,
             "least_megabytes_moved": moved / 1e6,
             "least_microseconds": moved / rate * 1e6,
         }
-        name = f"{program.generation} {label}"
+        name = f"{case.generation} {label}"
         print(name, metrics, flush=True)
-        config = {"form": label, "M": program.M, "K": program.K, "N": program.N}
+        config = {"form": label, "M": case.M, "K": case.K, "N": case.N}
         records.append(Record(name, config, metrics, context()))
     return records
 
@@ -100,7 +101,7 @@ def main() -> None:
     records = [
         record
         for generation in aot.TOPOLOGIES
-        for record in measure(Program(generation, 4))
+        for record in measure(Case(generation, 4))
     ]
     OUT.unlink(missing_ok=True)
     for record in records:

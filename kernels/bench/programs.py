@@ -1,93 +1,118 @@
-"""The kernels that are compiled: which, at which shape, for which generation."""
+"""The programs that are compiled for hardware that is not there, and their budgets.
 
+Every file of `gates/` declares `GATE`, the deciding programs of one operation on one
+kind of hardware; what they may cost stands in the file of `budget/` with its name.
+"""
+
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
+import schedule
 
 from qjax.results import environment
-from qjax_kernels.int_matmul.blocks import Blocks, choose
-from qjax_kernels.int_matmul.pallas_tpu import int_matmul, name_of
-from qjax_kernels.int_matmul.weight import WORD, IntWeight
+
+HERE = Path(__file__).parent
+MOST = 40  # programs in all: CI compiles them
+
+
+class Program(Protocol):
+    """One kernel at one shape.
+
+    Attributes:
+      label: unique among all programs; starts with the hardware.
+      config: what a budget holds for: shapes, formats, sizes of blocks.
+      budgeted: the metrics that must not rise.
+    """
+
+    label: str
+    config: dict[str, Any]
+    budgeted: tuple[str, ...]
+
+    def measure(self) -> dict[str, Any]:
+        """Compile it; the metrics, in the order of a table's columns."""
+        ...
 
 
 @dataclass(frozen=True)
-class Program:
-    """One kernel at one shape; `up` of Llama-3-8B unless said otherwise."""
+class TpuProgram:
+    """One Pallas kernel for a TPU; see `Program`.
+
+    Attributes:
+      generation: "v5e", "v6e" or "v7x".
+      kernel: the name that it gives to `pl.pallas_call`.
+      shape: the rest of the label, `16x4096x14336`.
+      function: the kernel and what is around it, of `arguments`.
+      arguments: shapes.
+      step_bytes: what one grid step reads from HBM, of weights at least.
+      step_products: multiplications of one grid step on the matrix unit.
+      contract: dtype in which the kernel's operands meet: "bfloat16", "int8", "int4" or
+        a float8; where it is not native, the limit is that of bfloat16.
+      config: what the budget holds for.
+    """
 
     generation: str
-    bits: int
-    group: int | None = 128
-    zero: bool = False
-    int8: bool = False
-    M: int = 16
-    K: int = 4096
-    N: int = 14336
+    kernel: str
+    shape: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    step_bytes: float
+    step_products: float
+    contract: str
+    config: dict[str, Any]
+    budgeted: tuple[str, ...] = ("bundles",)
 
     @property
     def label(self) -> str:
         """`v5e w4a16_g128 16x4096x14336`."""
-        name = name_of(self.weight, self.int8)
-        return f"{self.generation} {name} {self.M}x{self.K}x{self.N}"
+        return f"{self.generation} {self.kernel} {self.shape}"
 
-    @property
-    def weight(self) -> IntWeight:
-        """Shapes of the coded weight."""
-        shape, K, N = jax.ShapeDtypeStruct, self.K, self.N
-        per_group = (K // (self.group or K), N)
-        if self.bits < 8:
-            codes = shape((K * self.bits // WORD, N), jnp.uint32)
-        else:
-            codes = shape((K, N), jnp.int8)
-        zero = shape(per_group, jnp.int8) if self.zero else None
-        scale = shape(per_group, jnp.float32)
-        return IntWeight(codes, scale, zero, self.bits, self.group, K)
-
-    @property
-    def blocks(self) -> Blocks:
-        """The table's choice."""
-        return choose(self.generation, self.M, self.weight, self.int8)
-
-    def function(self, blocks: Blocks | None = None) -> Any:
-        """The kernel as a function of `x` and the weight."""
-        return partial(
-            int_matmul,
-            generation=self.generation,
-            int8_tokens=self.int8,
-            blocks=blocks,
+    def measure(self) -> dict[str, Any]:
+        """Bundles of one grid step beside the limits of memory and matrix unit."""
+        found = schedule.compile_for(
+            self.generation, self.kernel, self.function, *self.arguments
         )
+        memory = schedule.memory_cycles(self.generation, self.step_bytes)
+        products = schedule.product_cycles(
+            self.generation, self.step_products, self.contract
+        )
+        return {
+            "bundles": found.bundles,
+            "hbm_cycles": memory,
+            "mxu_cycles": products,
+            "over_limit": max(found.bundles, memory) / max(memory, products),
+            "bundles_beside": found.beside,
+            "temporary_bytes": found.temporaries,
+        }
 
-    def arguments(self) -> tuple[Any, Any]:
-        """Shapes of `x` and the weight."""
-        return jax.ShapeDtypeStruct((self.M, self.K), jnp.bfloat16), self.weight
 
-    def weight_bytes(self, blocks: Blocks) -> float:
-        """Bytes of weights, scales and zeros that one grid step reads."""
-        groups = blocks.k / (self.group or self.K)
-        per_scale = 5 if self.zero else 4
-        return blocks.n * (blocks.k * self.bits / 8 + groups * per_scale)
+def gates() -> dict[str, tuple[Program, ...]]:
+    """The programs of every file of `gates/`, by its name.
+
+    Raises:
+      ValueError: there are more than CI has time for, or two share a label.
+    """
+    names = sorted(path.stem for path in (HERE / "gates").glob("*.py"))
+    found = {name: importlib.import_module(f"gates.{name}").GATE for name in names}
+    labels = [program.label for gate in found.values() for program in gate]
+    if len(labels) > MOST:
+        raise ValueError(f"gates/ has {len(labels)} programs; at most {MOST} are built")
+    twice = {label for label in labels if labels.count(label) > 1}
+    if twice:
+        raise ValueError(f"gates/ has programs with the same label: {sorted(twice)}")
+    return found
 
 
-GATE = (
-    Program("v5e", 4),
-    Program("v5e", 4, zero=True),
-    Program("v5e", 4, int8=True),
-    Program("v5e", 4, M=256),
-    Program("v6e", 4),
-    Program("v6e", 4, int8=True),
-    Program("v6e", 4, M=256),
-    Program("v7x", 4),
-    Program("v7x", 4, zero=True, int8=True),
-    Program("v7x", 8, group=None),
-)
-"""The deciding specs; compiled by `make kernels-check`."""
+def budget_of(name: str) -> Path:
+    """Where the budget of `gates/<name>.py` stands."""
+    return HERE / "budget" / f"{name}.jsonl"
 
 
 def context() -> dict[str, Any]:
-    """Where and with what: libtpu decides the counts."""
+    """Where and with what: the compilers decide the counts."""
     known = environment()
     known["versions"]["libtpu"] = version("libtpu")
     return known

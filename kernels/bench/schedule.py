@@ -1,10 +1,10 @@
 """The static schedule of a kernel, as the TPU's compiler writes it.
 
-With flags that are not documented libtpu writes the bundles (instruction words, one a
+With a flag that is not documented libtpu writes the bundles (instruction words, one a
 cycle) of every kernel. A count covers one grid step, its branches as if all were taken;
 waiting for memory is not in it.
 
-The flags must be set before libtpu is loaded: import this module first.
+It must be set before libtpu is loaded: import this module first.
 """
 
 import os
@@ -15,15 +15,7 @@ from pathlib import Path
 from typing import Any
 
 DUMP = Path(tempfile.mkdtemp(prefix="schedules-"))
-FLAGS = ("llo_text=true", "llo_static_gaps=true")
-os.environ["LIBTPU_INIT_ARGS"] = " ".join(
-    [
-        f"--xla_jf_dump_to={DUMP}",
-        *(f"--xla_jf_dump_{flag}" for flag in FLAGS),
-        "--xla_jf_emit_annotations=true",
-        "--xla_jf_debug_level=2",
-    ]
-)
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP}"
 
 from aot import compiled  # noqa: E402
 
@@ -32,6 +24,7 @@ from qjax_kernels.compat import chip  # noqa: E402
 # Products per bundle in squares of the matrix unit's width. Pallas says 2 for v6e and
 # v7x; but bfloat16 schedules there hold more products than 2 could do in their bundles.
 SQUARES = 4
+FLOAT8 = (("float8_e5m2", "float8_e4m3b11fnuz"), ("float8_e5m2", "float8_e4m3fn"))
 
 
 @dataclass(frozen=True)
@@ -95,9 +88,16 @@ def memory_cycles(generation: str, size: float) -> float:
     return size / chip(generation).mem_bw_bytes_per_second * clock(generation)
 
 
-def product_cycles(generation: str, m: int, k: int, n: int, int8: bool) -> float:
-    """Cycles of `m * k * n` products at the peak rate of the type contracted."""
+def product_cycles(generation: str, products: float, contract: str) -> float:
+    """Cycles of that many products at the peak rate of the type contracted.
+
+    A type that the matrix unit does not take counts as bfloat16.
+    """
     known = chip(generation)
-    native = known.int8_ops_per_second if int8 else 0
-    rate = native or known.bf16_ops_per_second
-    return 2 * m * k * n / rate * clock(generation)
+    rates = {
+        "int4": known.int4_ops_per_second,
+        "int8": known.int8_ops_per_second,
+        **dict.fromkeys(FLOAT8[known.generation >= 7], known.fp8_ops_per_second),
+    }
+    rate = rates.get(contract) or known.bf16_ops_per_second
+    return 2 * products / rate * clock(generation)

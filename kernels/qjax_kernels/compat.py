@@ -40,8 +40,13 @@ def chip(generation: str) -> Any:
 
 
 def interpret_params() -> Any:
-    """The strictest simulation: races are found, memory starts as NaN."""
-    return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    """The strictest simulation: races are found, memory starts as NaN.
+
+    A read beyond an array is an error.
+    """
+    return pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+    )
 
 
 def races_found() -> bool:

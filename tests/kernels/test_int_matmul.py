@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from qjax.core.formats import Int, token
 from qjax.core.packing import pack
-from qjax_kernels.compat import interpret_params, races_found
 from qjax_kernels.int_matmul import Blocks, IntWeight, reference
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul
 
@@ -96,25 +94,18 @@ def exact(case, x, q, scale, zero):
     return x @ w, np.abs(x) @ np.abs(w), held
 
 
-@pytest.fixture
-def simulate():
-    pltpu.reset_tpu_interpret_mode_state()
-
-    def run(x, weight, case, generation="v5e"):
-        return int_matmul(
-            x, weight, generation=generation, blocks=case.blocks,
-            int8_tokens=case.int8, dtype=jnp.float32, interpret=interpret_params(),
-        )  # fmt: skip
-
-    yield run
-    assert not races_found()
+def product(backend, x, weight, case):
+    return backend.run(
+        "int_matmul", x, weight, int8_tokens=case.int8, dtype=jnp.float32,
+        tpu={"blocks": case.blocks},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_equals_float64(case, simulate):
+def test_equals_float64(case, backend):
     weight, q, scale, zero = drawn(case)
     x = jax.random.normal(jax.random.key(1), (case.M, case.K), jnp.bfloat16)
-    y = np.asarray(simulate(x, weight, case), np.float64)
+    y = np.asarray(product(backend, x, weight, case), np.float64)
     if case.int8:
         codes, steps = reference.quantize_tokens(x)
         x = np.asarray(codes, np.float64) * np.asarray(steps, np.float64)
@@ -147,7 +138,7 @@ def test_tokens_are_coded_as_the_library_codes_them(dtype):
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[11]], ids=lambda c: c.id)
-def test_extreme_scales_zeros_and_stale_memory(case, simulate):
+def test_extreme_scales_zeros_and_stale_memory(case, backend):
     """All-zero groups and tokens, scales at both ends of float32: all stays finite."""
     weight, q, scale, zero = drawn(case)
     q[: case.group or case.K] = 0
@@ -155,7 +146,7 @@ def test_extreme_scales_zeros_and_stale_memory(case, simulate):
     weight = weight_of(case, q, scale, zero)
     x = jax.random.normal(jax.random.key(3), (case.M, case.K), jnp.bfloat16)
     x = x.at[0].set(0)
-    y = np.asarray(simulate(x, weight, case))
+    y = np.asarray(product(backend, x, weight, case))
     assert np.isfinite(y).all()
     assert (y[0] == 0).all() and (y[:, 2] == 0).all()
 
