@@ -15,6 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from qjax.ops import kv_cache
+
 INITIALIZER_RANGE = 0.02
 
 
@@ -22,7 +24,7 @@ class Cache(NamedTuple):
     """Keys and values of the tokens seen so far; slots `[0, length)` are filled.
 
     Attributes:
-      k, v: `[L, B, S, G, d]`.
+      k, v: `[L, B, S, G, d]`, as `qjax.ops.kv_cache` keeps them.
       valid: `[B, S]`, False for empty slots and for padding.
       length: number of slots written, a scalar.
     """
@@ -50,11 +52,11 @@ class Step(NamedTuple):
 def init_cache(
     layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: Any
 ) -> Cache:
-    """An empty cache with room for `length` tokens."""
+    """An empty cache with room for `length` tokens; int8 keeps codes and scales."""
     shape = (layers, batch, length, heads, head_dim)
     return Cache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=kv_cache.empty(shape, dtype),
+        v=kv_cache.empty(shape, dtype),
         valid=jnp.zeros((batch, length), bool),
         length=jnp.zeros((), jnp.int32),
     )
@@ -92,16 +94,13 @@ def remember(
     k, v = checkpoint_name(k, "keys"), checkpoint_name(v, "values")
     if kv is None:
         return k, v, None
-    zero = jnp.zeros((), jnp.int32)
-    at = (jnp.asarray(layer, jnp.int32), zero, step.slots[0], zero, zero)
+    layer = jnp.asarray(layer, jnp.int32)
     keys, values = (
-        jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+        kv_cache.write(old, layer, step.slots[0], new)
         for old, new in zip(kv, (k, v), strict=True)
     )
-    k, v = (
-        jax.lax.dynamic_index_in_dim(each, at[0], keepdims=False).astype(k.dtype)
-        for each in (keys, values)
-    )
+    k = kv_cache.read(keys, layer, k.dtype)
+    v = kv_cache.read(values, layer, v.dtype)
     return k, v, (keys, values)
 
 
