@@ -16,7 +16,20 @@ from qjax.ops.targets import Target
 from qjax_kernels.int_matmul import IntWeight, blocks
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul
 
+IMPLEMENTATIONS = ("auto", "xla", "pallas")
 Product = Callable[[Any, SiteActs, Coded], Any]
+
+
+def check_implementation(implementation: str) -> None:
+    """That an implementation is known.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,20 @@ def _by_xla(
 
 def unfit(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:
     """Why no kernel takes a part; empty if one does."""
+    why = unfit_target(target)
+    if why or target.generation is None:
+        return why
+    if q.lead or x.ndim != 2:
+        return "the weight has leading axes"
+    return (
+        unfit_format(part)
+        or unfit_tokens(x, q.site(site).activation)
+        or _unfit_size(q, part, site, x, target.generation)
+    )
+
+
+def unfit_target(target: Target) -> str:
+    """Why the hardware runs no kernel; empty if it does."""
     if target.platform != "tpu":
         return f"there is no kernel for {target.platform}"
     if target.generation is None:
@@ -89,16 +116,11 @@ def unfit(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:
             f"{target.devices} devices share the program, and a kernel is not "
             "partitioned: use shard_map"
         )
-    if q.lead or x.ndim != 2:
-        return "the weight has leading axes"
-    return (
-        _unfit_format(part)
-        or _unfit_tokens(x, q.site(site).activation)
-        or _unfit_size(q, part, site, x, target.generation)
-    )
+    return ""
 
 
-def _unfit_format(part: Coded) -> str:
+def unfit_format(part: Coded) -> str:
+    """Why no integer kernel takes the format; empty if one does."""
     format = part.format
     if not isinstance(format, Int) or format.bits not in (2, 4, 8):
         return f"no kernel for {format.name}"
@@ -107,7 +129,8 @@ def _unfit_format(part: Coded) -> str:
     return ""
 
 
-def _unfit_tokens(x: Any, activation: Activation | None) -> str:
+def unfit_tokens(x: Any, activation: Activation | None) -> str:
+    """Why no integer kernel takes the activation; empty if one does."""
     if activation is None:
         if x.dtype != jnp.bfloat16:
             return f"the kernel contracts bfloat16; the activation is {x.dtype.name}"

@@ -17,12 +17,10 @@ from qjax.ops.activations import (
     contraction,
     integers,
 )
-from qjax.ops.kernels import Choice, choices, kernel_product
+from qjax.ops.kernels import Choice, check_implementation, choices, kernel_product
 from qjax.ops.outliers import split_outliers
 from qjax.ops.sums import sums_product
 from qjax.ops.targets import Target, here
-
-IMPLEMENTATIONS = ("auto", "xla", "pallas")
 
 
 def matmul(
@@ -72,10 +70,7 @@ def chosen_for(
     Raises:
       ValueError: unknown implementation, or no kernel for "pallas".
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}"
-        )
+    check_implementation(implementation)
     return choices(q, site, x, implementation, here() if target is None else target)
 
 

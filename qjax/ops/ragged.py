@@ -10,7 +10,10 @@ from qjax.core.coded import Coded
 from qjax.core.formats import Int
 from qjax.core.qtensor import QTensor, SiteActs
 from qjax.ops.activations import code_input, coded_values, integers
+from qjax.ops.kernels import Choice, check_implementation
 from qjax.ops.matmul import promoted
+from qjax.ops.ragged_kernels import ragged_choice, ragged_product
+from qjax.ops.targets import Target, here
 
 
 def ragged_matmul(
@@ -22,12 +25,15 @@ def ragged_matmul(
     dtype: Any = None,
     weight_dtype: Any = None,
     precision: Any = None,
+    implementation: str = "auto",
+    target: Target | None = None,
 ) -> jax.Array:
     """Rows of `x[M, K]` times the expert they belong to, `q` with `[E, K, N]`.
 
     With one scale per token and one per output feature, int8 meets int8 into int32.
     Otherwise the XLA form decodes the experts beside the contraction, and a coded
-    activation is contracted as the values it stands for.
+    activation is contracted as the values it stands for. A kernel decodes an expert's
+    weights where it contracts them.
 
     Args:
       x: tokens, sorted by expert.
@@ -37,13 +43,33 @@ def ragged_matmul(
       dtype: of the result; default that of the operands.
       weight_dtype: as for `matmul`.
       precision: as in `lax.ragged_dot`.
+      implementation: as for `matmul`.
+      target: hardware to choose for; default this process's.
 
     Returns:
       `[M, N]`.
+
+    Raises:
+      ValueError: unknown implementation, or no kernel for "pallas".
     """
     x = promoted(x, q, weight_dtype)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    return _qragged(x, q, group_sizes, site, dtype, precision)
+    chosen = ragged_chosen_for(x, q, site, implementation, target)
+    return _qragged(x, q, group_sizes, site, dtype, precision, chosen.generation)
+
+
+def ragged_chosen_for(
+    x: Any, q: QTensor, site: int, implementation: str, target: Target | None
+) -> Choice:
+    """How the site runs.
+
+    Raises:
+      ValueError: unknown implementation, or no kernel for "pallas".
+    """
+    check_implementation(implementation)
+    return ragged_choice(
+        q, site, x, implementation, here() if target is None else target
+    )
 
 
 def ragged_contraction(q: QTensor, site: int) -> str:
@@ -60,9 +86,20 @@ def ragged_contraction(q: QTensor, site: int) -> str:
 
 
 def _ragged(
-    x: Any, q: QTensor, group_sizes: Any, site: int, dtype: Any, precision: Any
+    x: Any,
+    q: QTensor,
+    group_sizes: Any,
+    site: int,
+    dtype: Any,
+    precision: Any,
+    generation: str | None,
 ) -> Any:
     acts = q.site(site)
+    if generation is not None:
+        values = partial(_values, dtype, precision)
+        return ragged_product(
+            x, acts, q.parts[0], group_sizes, dtype, generation, values
+        )
     dot = partial(
         jax.lax.ragged_dot,
         group_sizes=group_sizes,
@@ -82,8 +119,22 @@ def _ragged(
     return product(x, q)
 
 
+def _values(
+    dtype: Any, precision: Any, sizes: Any, x: Any, acts: SiteActs, part: Coded
+) -> Any:
+    """The products of the values that codes stand for."""
+
+    @jax.checkpoint
+    def product(x: Any, part: Coded) -> Any:
+        return jax.lax.ragged_dot(
+            x, part.decode(x.dtype), sizes, precision, preferred_element_type=dtype
+        )
+
+    return product(x if acts.activation is None else coded_values(x, acts), part)
+
+
 _ragged.__name__ = "qragged_matmul"
-_qragged = jax.jit(_ragged, static_argnums=(3, 4, 5))
+_qragged = jax.jit(_ragged, static_argnums=(3, 4, 5, 6))
 
 
 @jax.custom_jvp

@@ -101,11 +101,11 @@ def low_bit(
     reason = refusal(q, weight, call)
     if reason:
         return None, f"dequantized: {reason}"
-    dot = partial(_dot, implementation=implementation, target=target)
+    how = {"implementation": implementation, "target": target}
     run = {
-        "dot": dot,
+        "dot": partial(_dot, **how),
         "conv": _conv,
-        "ragged_dot": _ragged,
+        "ragged_dot": partial(_ragged, **how),
         "embedding": _embedding,
     }[call.kind]
     return run(eqn, call, weight, operands, site), f"low-bit: {_how(call, q, site)}"
@@ -228,7 +228,14 @@ def _conv(eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int)
 
 
 def _ragged(
-    eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int
+    eqn: Any,
+    call: Call,
+    weight: Tracked,
+    operands: list[Any],
+    site: int,
+    *,
+    implementation: str,
+    target: Target | None,
 ) -> Any:
     return ops.ragged_matmul(
         operands[0],
@@ -238,6 +245,8 @@ def _ragged(
         dtype=eqn.outvars[0].aval.dtype,
         weight_dtype=weight.dtype,
         precision=eqn.params["precision"],
+        implementation=implementation,
+        target=target,
     )
 
 

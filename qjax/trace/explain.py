@@ -6,6 +6,7 @@ from typing import Any
 
 from qjax.ops import Target
 from qjax.ops.matmul import chosen_for, promoted
+from qjax.ops.ragged import ragged_chosen_for
 from qjax.trace.apply import low_bit
 from qjax.trace.contractions import Call
 from qjax.trace.program import trace
@@ -58,10 +59,15 @@ def _explaining(
     )
     if output is None:
         return output, runs
-    if call.kind != "dot":
+    q, x = weight.value, operands[call.operand]
+    if call.kind == "ragged_dot":
+        x = promoted(x, q, weight.dtype)
+        chosen = (ragged_chosen_for(x, q, site, implementation, target),)
+    elif call.kind == "dot":
+        x = promoted(call.matrix(x), q, weight.dtype)
+        chosen = chosen_for(x, q, site, implementation, target)
+    else:
         return output, f"{runs}; xla, no pallas: there is no kernel for {call.kind}"
-    x = promoted(call.matrix(operands[call.operand]), weight.value, weight.dtype)
-    chosen = chosen_for(x, weight.value, site, implementation, target)
     return output, f"{runs}; {_names(chosen)}{_refusals(chosen)}"
 
 
