@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from qjax.core.formats import Float, Int
 from qjax.models import functional, generate, llama, rope
 from qjax.ops import kv_cache
 
+E4M3 = Float("e4m3")
 SHAPE = (2, 3, 8, 4, 16)  # L B S G d
 
 
@@ -44,9 +46,38 @@ def test_float8_is_clipped_and_not_nan():
     assert (np.asarray(kv_cache.read(cache, 0, jnp.float32))[:, 0] == 448).all()
 
 
-def test_other_integers_are_refused():
-    with pytest.raises(ValueError, match="int4 is not there"):
-        kv_cache.empty(SHAPE, jnp.int4)
+@pytest.mark.parametrize(
+    ("dtype", "step"), [(jnp.int4, 1 / 7 / 2), (Int(4), 1 / 7 / 2), (E4M3, 2**-4)]
+)
+def test_fewer_bits_are_read_to_their_step(dtype, step, strict):
+    """Half a step of int4; e4m3 is off by half a unit in the last of 4 digits."""
+    new = random(3, 5, 4, 16) * 1e-3
+    new[0, 1, 2] = 0
+    cache = kv_cache.write(
+        kv_cache.empty(SHAPE, dtype), jnp.int32(1), jnp.int32(2), jnp.asarray(new)
+    )
+    found = np.asarray(kv_cache.read(cache, jnp.int32(1), jnp.float32))[:, 2:7]
+    largest = np.abs(new).max(-1, keepdims=True)
+    near = np.abs(new) if dtype is E4M3 else largest
+    smallest = largest / 448 * 2.0**-10  # half of e4m3's least number
+    assert (np.abs(found - new) <= near * step * (1 + 1e-5) + smallest).all()
+    assert (found[0, 1, 2] == 0).all()
+
+
+def test_numbers_at_both_ends_stay_finite():
+    new = jnp.array([1e-45, 1e-38, 3e38, 0.0])[:, None] * jnp.ones(16)
+    for dtype in (jnp.int8, jnp.int4, E4M3):
+        cache = kv_cache.write(
+            kv_cache.empty(SHAPE, dtype), 0, 0, jnp.tile(new, (3, 1, 1, 1))
+        )
+        assert np.isfinite(np.asarray(kv_cache.read(cache, 0, jnp.float32))).all()
+
+
+def test_other_formats_are_refused():
+    with pytest.raises(ValueError, match="int16 is not there"):
+        kv_cache.empty(SHAPE, jnp.int16)
+    with pytest.raises(ValueError, match="a cache of int3 channel is not there"):
+        kv_cache.empty(SHAPE, Int(3))
 
 
 CONFIG = llama.Config(

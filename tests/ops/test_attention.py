@@ -1,0 +1,86 @@
+"""Attention to a coded cache, against attention to the floats that it holds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from qjax.core.formats import Float, Int
+from qjax.ops import Target, kv_cache
+from qjax.ops.attention import attend, attention_choice
+from qjax_kernels.compat import interpret_params
+
+B, S, G, H, d = 2, 32, 2, 4, 128
+TPU, V7X = Target("tpu", "v5e"), Target("tpu", "v7x")
+START = jnp.array([2, 0], jnp.int32)
+STOP = jnp.array([30, 5], jnp.int32)
+FORMATS = [Int(8), Int(4), Float("e4m3")]
+
+
+def filled(format, seed):
+    """A cache with one layer, written in two steps, and the floats that it holds."""
+    new = jax.random.normal(jax.random.key(seed), (B, 30, G, d))
+    cache = kv_cache.empty((1, B, S, G, d), format)
+    cache = kv_cache.write(cache, 0, 0, new[:, :29])
+    cache = kv_cache.write(cache, 0, 29, new[:, 29:])
+    return cache.layer(0), np.asarray(kv_cache.read(cache, 0, jnp.float32), np.float64)
+
+
+def softmax_attention(q, k, v, scale):
+    """In float64, one sequence and head at a time."""
+    out, size = np.zeros(q.shape), np.zeros(q.shape)
+    for b in range(B):
+        seen = slice(int(START[b]), int(STOP[b]))
+        for h in range(H):
+            keys, values = k[b, seen, h * G // H], v[b, seen, h * G // H]
+            weights = np.exp(keys @ np.asarray(q[b, h], np.float64) * scale)
+            weights /= weights.sum()
+            out[b, h], size[b, h] = weights @ values, weights @ np.abs(values)
+    return out, size
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_equals_attention_to_what_the_cache_holds(format, implementation):
+    target = V7X if format == FORMATS[2] else TPU
+    (keys, k), (values, v) = filled(format, 0), filled(format, 1)
+    q = jax.random.normal(jax.random.key(2), (B, H, d), jnp.bfloat16)
+    pltpu.reset_tpu_interpret_mode_state()
+    with pltpu.force_tpu_interpret_mode(interpret_params()):
+        y = attend(
+            q, keys, values, START, STOP, scale=d**-0.5,
+            implementation=implementation, target=target,
+        )  # fmt: skip
+    true, size = softmax_attention(q, k, v, d**-0.5)
+    # Weights and the result are rounded to bfloat16.
+    assert (np.abs(np.asarray(y, np.float64) - true) <= 2.0**-7 * size).all()
+
+
+def test_float32_and_no_tokens():
+    keys, k = filled(Int(8), 0)
+    values, v = filled(Int(8), 1)
+    q = jax.random.normal(jax.random.key(2), (B, H, d))
+    y = attend(q, keys, values, START, STOP, scale=0.1)
+    true, size = softmax_attention(q, k, v, 0.1)
+    assert (np.abs(np.asarray(y) - true) <= 1e-5 * size).all()
+    empty = attend(q, keys, values, STOP, STOP, scale=0.1)
+    assert (np.asarray(empty) == 0).all()
+
+
+def test_a_refusal_says_why():
+    keys, _ = filled(Int(8), 0)
+    q = jnp.ones((B, H, d), jnp.bfloat16)
+    assert attention_choice(q, keys, "auto", TPU).name == "pallas v5e"
+    e4m3, _ = filled(Float("e4m3"), 0)
+    assert attention_choice(q, e4m3, "auto", V7X).name == "pallas v7x"
+    assert "converts e4m3" in attention_choice(q, e4m3, "auto", TPU).refused
+    cases = [
+        (q, Target("cpu"), "there is no kernel for cpu"),
+        (q, Target("tpu", "v6e", 4), "use shard_map"),
+        (q.astype(jnp.float32), TPU, "the queries are float32"),
+    ]
+    for query, target, why in cases:
+        assert why in attention_choice(query, keys, "auto", target).refused
+        with pytest.raises(ValueError, match=why):
+            attention_choice(query, keys, "pallas", target)
