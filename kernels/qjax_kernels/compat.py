@@ -4,9 +4,11 @@ Supported: JAX 0.10.2 to 0.11.x. What is known of a TPU generation comes from Pa
 so that no table of ours can contradict it.
 """
 
+from inspect import signature
 from typing import Any
 
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 GENERATIONS = {
@@ -24,6 +26,13 @@ KINDS = {
     "TPU v6 lite": "v6e",
     "TPU7x": "v7x",
 }
+
+
+def generation_of(device: Any) -> str | None:
+    """Of a TPU or a GPU, by the name that kernels know it by; None if they do not."""
+    if device.platform == "gpu":
+        return "hopper" if device.compute_capability == "9.0" else None
+    return KINDS.get(device.device_kind)
 
 
 def chip(generation: str) -> Any:
@@ -58,3 +67,11 @@ def races_found() -> bool:
     if interpret_pallas_call.races is None:
         raise RuntimeError("no kernel was simulated with race detection")
     return interpret_pallas_call.races.races_found
+
+
+def load(ref: Any, layout: Any) -> Any:
+    """A reference's values in registers of a GPU, in a layout."""
+    # JAX 0.10 wants an index; from 0.11 on one is deprecated.
+    index = signature(plgpu.load).parameters["idx"]
+    where = ((),) if index.default is index.empty else ()
+    return plgpu.load(ref, *where, layout=layout)
