@@ -76,7 +76,7 @@ from qjax.methods import (
 from qjax.models.functional import functional
 from qjax.observe import observe
 from qjax.on_the_fly import load_quantized
-from qjax.ops import Target
+from qjax.ops import Target, pack, unpack
 from qjax.quantize import quantize, quantize_with_report
 from qjax.recipe_files import read_recipe, write_recipe
 from qjax.schemes import scheme
@@ -196,6 +196,7 @@ __all__ = [
     "lora",
     "merge_lora",
     "observe",
+    "pack",
     "partition_specs",
     "quantize",
     "quantize_with_report",
@@ -209,5 +210,6 @@ __all__ = [
     "sites",
     "tensor",
     "token",
+    "unpack",
     "write_recipe",
 ]

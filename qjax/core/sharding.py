@@ -127,6 +127,8 @@ def ways(axis: Axis, mesh: Any) -> int:
 
 
 def _coded_specs(part: Coded, m: MatrixSpec, ways_k: int, ways_n: int) -> Coded:
+    if type(part) is not Coded:
+        raise ValueError("a packed leaf cannot be sharded; shard first, or unpack it")
     _check_whole(part, ways_k, ways_n)
     format, (Gk, Gn) = part.format, part.format.granularity.counts(*part.shape)
     grid_spec = PartitionSpec(*m.lead, m.k if Gk > 1 else None, m.n if Gn > 1 else None)

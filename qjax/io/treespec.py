@@ -58,6 +58,11 @@ def _encode(value: Any, path: str, arrays: dict[str, Any]) -> Any:
         names = [field.name for field in fields(value)]
         parts = {n: _encode(getattr(value, n), _join(path, n), arrays) for n in names}
         return {"record": type(value).__name__, "fields": parts}
+    if isinstance(value, Coded):
+        raise TypeError(
+            f"leaf {path or 'at the root'} is packed for hardware; save qjax.unpack of "
+            "the tree"
+        )
     if _is_array(value):
         return {"array": _name(path, value, arrays)}
     if isinstance(value, np.dtype):

@@ -4,7 +4,18 @@ from qjax.ops.attention import attend
 from qjax.ops.conv import conv
 from qjax.ops.embed import embed
 from qjax.ops.matmul import how, matmul
+from qjax.ops.packed import pack, unpack
 from qjax.ops.ragged import ragged_matmul
 from qjax.ops.targets import Target
 
-__all__ = ["Target", "attend", "conv", "embed", "how", "matmul", "ragged_matmul"]
+__all__ = [
+    "Target",
+    "attend",
+    "conv",
+    "embed",
+    "how",
+    "matmul",
+    "pack",
+    "ragged_matmul",
+    "unpack",
+]

@@ -12,6 +12,7 @@ from qjax.core.coded import Coded
 from qjax.core.formats import Granularity
 from qjax.core.qtensor import QTensor, factor
 from qjax.core.scales import Grid
+from qjax.ops.packed import unpacked
 
 
 def embed(
@@ -68,6 +69,7 @@ def columns(part: Coded, ids: Any) -> jax.Array:
         return values[..., ids if cols == 1 else ids // cols]
 
     chosen = Grid(pick(grid.scale), pick(grid.zero), grid.codebook, grid.global_scale)
+    part = unpacked(part)
     few = replace(part, codes=part.codes[:, ids], shape=(part.shape[0], ids.size))
     codes = few.unpack()
     format = part.format

@@ -11,13 +11,18 @@ import jax.numpy as jnp
 from qjax.core.coded import Coded
 from qjax.core.formats import Int, token
 from qjax.core.qtensor import Activation, QTensor, SiteActs
+from qjax.ops.packed import TILES, Packed, whole_zeros
+from qjax.ops.packed import unfit as unfit_packed
 from qjax.ops.sums import has_sums
 from qjax.ops.targets import Target
-from qjax_kernels.int_matmul import IntWeight, blocks
+from qjax_kernels.int_matmul import IntWeight, blocks, pallas_gpu
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
 Product = Callable[[Any, SiteActs, Coded], Any]
+NOT_PARTITIONED = (
+    "{} devices share the program, and a kernel is not partitioned: use shard_map"
+)
 
 
 def check_implementation(implementation: str) -> None:
@@ -41,12 +46,14 @@ class Choice:
       generation: whose kernel; None for XLA.
       refused: why the kernel does not run; empty if it does.
       sums: XLA's form with scales on sums, for TPUs.
+      tokens: what XLA's form with int8 tokens fills their number up to a multiple of.
     """
 
     implementation: str
     generation: str | None = None
     refused: str = ""
     sums: bool = False
+    tokens: int = 1
 
     @property
     def name(self) -> str:
@@ -88,11 +95,21 @@ def _by_xla(
     """XLA, in the form that suits the platform."""
     whole = q.site(site).activation is None and x.ndim == 2
     on_tpu = target.platform == "tpu" and whole
-    return Choice("xla", refused=why, sums=on_tpu and has_sums(part))
+    return Choice(
+        "xla",
+        refused=why,
+        sums=on_tpu and has_sums(part) and not isinstance(part, Packed),
+        # A CPU's int8 products are fast for matrices only, not for a few vectors.
+        tokens=8 if target.platform == "cpu" else 1,
+    )
 
 
 def unfit(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:
     """Why no kernel takes a part; empty if one does."""
+    if target.platform == "gpu":
+        return _unfit_gpu(q, part, site, x, target)
+    if isinstance(part, Packed):
+        return f"the weight is packed in {part.order}, for other hardware"
     why = unfit_target(target)
     if why or target.generation is None:
         return why
@@ -105,6 +122,22 @@ def unfit(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:
     )
 
 
+def _unfit_gpu(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:
+    """Why no kernel takes a part on a GPU; empty if one does."""
+    if target.generation != "hopper":
+        return "there is no kernel for this GPU, only for Hopper"
+    if target.devices > 1:
+        return NOT_PARTITIONED.format(target.devices)
+    if q.lead or x.ndim != 2:
+        return "the weight has leading axes"
+    if q.site(site).activation is not None:
+        return "the kernel for Hopper takes float activations"
+    why = unfit_packed(part, TILES) or unfit_tokens(x, None)
+    if why or (isinstance(part, Packed) and part.order == TILES):
+        return why
+    return "the weight is not packed for Hopper: qjax.pack(qparams)"
+
+
 def unfit_target(target: Target) -> str:
     """Why the hardware runs no kernel; empty if it does."""
     if target.platform != "tpu":
@@ -112,10 +145,7 @@ def unfit_target(target: Target) -> str:
     if target.generation is None:
         return "this generation of TPU has no kernel"
     if target.devices > 1:
-        return (
-            f"{target.devices} devices share the program, and a kernel is not "
-            "partitioned: use shard_map"
-        )
+        return NOT_PARTITIONED.format(target.devices)
     return ""
 
 
@@ -158,7 +188,7 @@ def int_weight(part: Coded) -> IntWeight:
     assert isinstance(format, Int)
     zero = None
     if format.zero == "int":
-        zero = (part.grid().zero.astype(jnp.int16) - format.half).astype(jnp.int8)
+        zero = whole_zeros(part)
     elif format.zero == "float":
         zero = part.zero.astype(jnp.float32) - format.half
     rows = format.granularity.rows
@@ -170,6 +200,8 @@ def kernel_product(
     x: Any, acts: SiteActs, part: Coded, dtype: Any, generation: str, values: Product
 ) -> Any:
     """`x` times the part on a kernel; the gradient is that of `values`."""
+    if isinstance(part, Packed):
+        return pallas_gpu.int_matmul(x, part.tiles(), dtype=dtype)
     return int_matmul(
         x,
         int_weight(part),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from qjax.core.coded import Coded
 from qjax.core.formats import Float, Int
 from qjax.core.qtensor import QTensor, SiteActs, factor
+from qjax.core.scales import Grid
 from qjax.ops.activations import (
     CodedInput,
     code_input,
@@ -19,6 +20,7 @@ from qjax.ops.activations import (
 )
 from qjax.ops.kernels import Choice, check_implementation, choices, kernel_product
 from qjax.ops.outliers import split_outliers
+from qjax.ops.packed import ROWS, Packed
 from qjax.ops.sums import sums_product
 from qjax.ops.targets import Target, here
 
@@ -123,7 +125,8 @@ def _matmul(
         ways = [contraction(p.format, acts.activation.format) for p in values]
         coded = [p for p, way in zip(values, ways) if way != "values"]
         x, kept, acts = split_outliers(x, acts)
-        terms += [_coded_product(x, acts, p, dtype, dot) for p in coded]
+        least = max((choice.tokens for choice in chosen), default=1)
+        terms += [_coded_product(x, acts, p, dtype, dot, least) for p in coded]
         x = coded_values(x, acts)
         if kept is not None:
             terms += [_decoded_product(dot, kept, part) for part in coded]
@@ -164,18 +167,22 @@ def _decoded_product(dot: Any, x: Any, part: Coded) -> Any:
     return product(x, part)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _coded_product(x: Any, acts: SiteActs, part: Coded, dtype: Any, dot: Any) -> Any:
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _coded_product(
+    x: Any, acts: SiteActs, part: Coded, dtype: Any, dot: Any, tokens: int
+) -> Any:
     """Codes contracted with codes; the gradient is that of their values."""
     coded = code_input(x, acts)
     whole = isinstance(part.format, Int)
-    y = _int_dot(coded, part) if whole else _float8_dot(coded, part)
+    y = _int_dot(coded, part, tokens) if whole else _float8_dot(coded, part)
     return y.astype(dtype)
 
 
 @_coded_product.defjvp
-def _coded_product_jvp(dtype: Any, dot: Any, primals: Any, tangents: Any) -> Any:
-    out = _coded_product(*primals, dtype, dot)
+def _coded_product_jvp(
+    dtype: Any, dot: Any, tokens: int, primals: Any, tangents: Any
+) -> Any:
+    out = _coded_product(*primals, dtype, dot, tokens)
     return out, jax.jvp(partial(_values, dot), primals, tangents)[1]
 
 
@@ -217,7 +224,7 @@ def _accumulate(pieces: tuple[Any, ...], one: Any) -> Any:
     return jax.lax.scan(step, first, tuple(p[1:] for p in pieces))[0]
 
 
-def _int_dot(coded: CodedInput, part: Coded) -> Any:
+def _int_dot(coded: CodedInput, part: Coded, tokens: int) -> Any:
     """int8 by int8 into int32 for each group; scales and zeros on the accumulator.
 
     `sum (u - z)(v - t) = sum u v - t sum u - z sum v + n z t`.
@@ -225,9 +232,7 @@ def _int_dot(coded: CodedInput, part: Coded) -> Any:
     assert isinstance(part.format, Int) and isinstance(coded.format, Int)
     x, x_zero = integers(coded.codes, coded.grid, coded.format)
     grid = part.grid()
-    w, w_zero = integers(part.unpack(), grid, part.format)
-    # 8-bit codes are stored as they are contracted: nothing passes over the weights.
-    w = part.codes if part.format.bits == 8 else w
+    w, w_zero = _stored(part, grid) or integers(part.unpack(), grid, part.format)
     group = _groups(coded, part)
     K, (M, N) = part.shape[0], (x.shape[-1], w.shape[-1])
     xs, ws = (jnp.moveaxis(_cut(c, group), -3, 0) for c in (x, w))
@@ -250,7 +255,7 @@ def _int_dot(coded: CodedInput, part: Coded) -> Any:
 
     def one(x: Any, w: Any, *rest: Any) -> Any:
         given = dict(zip(names, rest))
-        total = _int8_product(x, w)
+        total = _int8_product(x, w, tokens)
         zx, zw = given.get("zx"), given.get("zw")
         if zw is not None and zw.dtype == jnp.float32:
             total = total.astype(jnp.float32)
@@ -272,11 +277,30 @@ def _int_dot(coded: CodedInput, part: Coded) -> Any:
     return _accumulate((xs, ws, *extra.values()), one)
 
 
-def _int8_product(x: Any, w: Any) -> Any:
-    """`x[..., K, M]`, `w[..., K, N]` in int8 to `[..., M, N]` in int32."""
-    batch = tuple(range(x.ndim - 2))
-    axes = (((x.ndim - 2,), (w.ndim - 2,)), (batch, batch))
-    return jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.int32)
+def _stored(part: Coded, grid: Grid) -> tuple[Any, Any] | None:
+    """Codes and zeros of a weight that is stored as int8: nothing passes over it."""
+    assert isinstance(part.format, Int)
+    rows = isinstance(part, Packed) and part.order == ROWS
+    if not rows and (part.format.bits < 8 or isinstance(part, Packed)):
+        return None
+    q = jnp.swapaxes(part.codes, -1, -2) if rows else part.codes
+    if part.format.symmetric:
+        return q, None
+    dtype = jnp.float32 if part.format.zero == "float" else jnp.int32
+    return q, grid.zero.astype(dtype) - dtype(part.format.half)
+
+
+def _int8_product(x: Any, w: Any, tokens: int) -> Any:
+    """`x[..., K, M]`, `w[..., K, N]` in int8 to `[..., M, N]` in int32.
+
+    The number of tokens is filled up to a multiple of `tokens`.
+    """
+    batch, M = tuple(range(x.ndim - 2)), x.shape[-1]
+    short = [(0, 0)] * len(batch) + [(0, -M % tokens), (0, 0)]
+    x = jnp.pad(jnp.swapaxes(x, -1, -2), short)
+    axes = (((x.ndim - 1,), (w.ndim - 2,)), (batch, batch))
+    y = jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.int32)
+    return y[..., :M, :]
 
 
 def _float8_dot(coded: CodedInput, part: Coded) -> Any:

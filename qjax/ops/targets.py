@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 
-from qjax_kernels.compat import KINDS
+from qjax_kernels.compat import generation_of
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,8 @@ class Target:
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      generation: of a TPU: "v5e", "v5p", "v6e" or "v7x"; None for others.
+      generation: of a TPU: "v5e", "v5p", "v6e" or "v7x"; of a GPU: "hopper"; None for
+        others.
       devices: that share one program outside of `shard_map`.
     """
 
@@ -28,8 +29,7 @@ def here() -> Target:
     Where every mesh axis is manual, as in `shard_map`, a program sees one device.
     """
     platform = jax.default_backend()
-    kind = jax.devices()[0].device_kind
     mesh = jax.sharding.get_abstract_mesh()
     manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
     devices = 1 if manual else jax.device_count()
-    return Target(platform, KINDS.get(kind), devices)
+    return Target(platform, generation_of(jax.devices()[0]), devices)
