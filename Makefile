@@ -22,10 +22,12 @@ check: .venv/.test
 unit: .venv/.test
 	$(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
 
-# TPU kernels, compiled for hardware that is not there. libtpu lies apart: beside JAX it
-# would be started by every program. Bundles are counted with one version of it only.
+# Kernels, compiled for hardware that is not there, each run with the compiler that it
+# finds. These lie apart: beside JAX they would be started by every program. Counts are
+# of one version of each only.
 kernels-check: .venv/.kernels
 	PYTHONPATH=.venv/libtpu $(BIN)/python kernels/bench/check.py
+	PYTHONPATH=.venv/cuda $(BIN)/python kernels/bench/check.py
 
 # uv resolves for every supported Python at once; see CONTRIBUTING.md.
 # torch brings its own exact CUDA pins, which must not bind the library.
@@ -49,10 +51,12 @@ clean:
 	$(INSTALL) -e .
 	touch $@
 
-.venv/.kernels: .venv/.demo
+.venv/.kernels: .venv/.demo kernels/bench/h200.txt
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
 	  $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade \
-	    -c requirements.lock --target .venv/libtpu libtpu; fi
+	    -c requirements.lock --target .venv/libtpu libtpu && \
+	  $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade \
+	    --target .venv/cuda -r kernels/bench/h200.txt; fi
 	touch $@
 
 .venv/.test: $(DEPENDS) | .venv/bin/python

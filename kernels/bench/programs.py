@@ -7,10 +7,11 @@ kind of hardware; what they may cost stands in the file of `budget/` with its na
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
+import ptx
 import schedule
 
 from qjax.results import environment
@@ -26,11 +27,13 @@ class Program(Protocol):
       label: unique among all programs; starts with the hardware.
       config: what a budget holds for: shapes, formats, sizes of blocks.
       budgeted: the metrics that must not rise.
+      compilers: packages that compile it, beside JAX.
     """
 
     label: str
     config: dict[str, Any]
     budgeted: tuple[str, ...]
+    compilers: tuple[str, ...]
 
     def measure(self) -> dict[str, Any]:
         """Compile it; the metrics, in the order of a table's columns."""
@@ -64,6 +67,7 @@ class TpuProgram:
     contract: str
     config: dict[str, Any]
     budgeted: tuple[str, ...] = ("bundles",)
+    compilers: tuple[str, ...] = ("libtpu",)
 
     @property
     def label(self) -> str:
@@ -85,6 +89,49 @@ class TpuProgram:
             "mxu_cycles": products,
             "over_limit": max(found.bundles, memory) / max(memory, products),
             "bundles_beside": found.beside,
+            "temporary_bytes": found.temporaries,
+        }
+
+
+@dataclass(frozen=True)
+class CudaProgram:
+    """One program for an H200; see `Program`.
+
+    Attributes:
+      name: the rest of the label.
+      function: of `arguments`; holds at most one Mosaic kernel.
+      arguments: shapes.
+      config: what the budget holds for.
+      options: of XLA.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    config: dict[str, Any]
+    options: tuple[tuple[str, Any], ...] = ()
+    budgeted: tuple[str, ...] = (
+        "registers",
+        "spilled_bytes",
+        "instructions",
+        "instructions_per_weight",
+        "temporary_bytes",
+    )
+    compilers: tuple[str, ...] = ("jax-cuda13-pjrt", "nvidia-cuda-nvcc")
+
+    @property
+    def label(self) -> str:
+        """`h200 w4a16_g128 16x4096x14336`."""
+        return f"h200 {self.name}"
+
+    def measure(self) -> dict[str, Any]:
+        """Registers, spills, instructions of PTX, and memory beside the arguments."""
+        found = ptx.compile_for(self.function, self.arguments, dict(self.options))
+        return {
+            "registers": found.registers,
+            "spilled_bytes": found.spilled,
+            "instructions": found.instructions,
+            "instructions_per_weight": found.per_weight,
             "temporary_bytes": found.temporaries,
         }
 
@@ -111,8 +158,20 @@ def budget_of(name: str) -> Path:
     return HERE / "budget" / f"{name}.jsonl"
 
 
-def context() -> dict[str, Any]:
+def missing(program: Program) -> list[str]:
+    """The compilers of a program that are not installed."""
+    return [name for name in program.compilers if not _version(name)]
+
+
+def context(program: Program) -> dict[str, Any]:
     """Where and with what: the compilers decide the counts."""
     known = environment()
-    known["versions"]["libtpu"] = version("libtpu")
+    known["versions"].update({name: version(name) for name in program.compilers})
     return known
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
