@@ -13,24 +13,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.core.hadamard import small_factor, small_hadamard
+
 Transform = Callable[[Any], Any]
 
 
 def walsh_hadamard(x: Any) -> Any:
-    """Orthonormal Walsh-Hadamard transform of the last axis, in Sylvester's order.
+    """Orthonormal Walsh-Hadamard transform of the last axis.
+
+    Of a power of two in Sylvester's order, `H`; of `m` times one, `F (x) H` with the
+    matrix `F` of `small_hadamard`. Both are symmetric.
 
     Raises:
-        ValueError: the last axis is not a power of two.
+        ValueError: the last axis has another size.
     """
     size = x.shape[-1]
-    if size & (size - 1):
-        raise ValueError(f"a Hadamard transform needs a power of two, got {size}")
+    m = small_factor(size)
     y, half = x, 1
-    while half < size:
+    while half < size // m:
         pairs = y.reshape(*x.shape[:-1], size // (2 * half), 2, half)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         y = jnp.stack((a + b, a - b), axis=-2).reshape(x.shape)
         half *= 2
+    if m > 1:
+        y = y.reshape(*x.shape[:-1], m, size // m)
+        factor = jnp.asarray(small_hadamard(m), x.dtype)
+        y = jnp.einsum("...ik,ij->...jk", y, factor, precision="highest")
+        y = y.reshape(x.shape)
     return y * jnp.asarray(size**-0.5, x.dtype)
 
 

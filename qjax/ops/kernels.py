@@ -17,6 +17,7 @@ from qjax.ops.sums import has_sums
 from qjax.ops.targets import Target
 from qjax_kernels.int_matmul import IntWeight, blocks, pallas_gpu
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul
+from qjax_kernels.sparse_outlier import pallas_tpu as sparse_outlier
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
 Product = Callable[[Any, SiteActs, Coded], Any]
@@ -167,14 +168,32 @@ def unfit_tokens(x: Any, activation: Activation | None) -> str:
         return ""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"the kernel codes bfloat16 and float32, not {x.dtype.name}"
+    if activation.outliers is not None:
+        return _unfit_kept(x, activation)
     if activation != Activation(Int(8, token())):
         return f"the kernel codes int8 tokens, not {activation.format.name}"
     return ""
 
 
+def _unfit_kept(x: Any, activation: Activation) -> str:
+    """Codes are found before this kernel: any symmetric int8 of whole tokens suits."""
+    if x.dtype != jnp.bfloat16:
+        return (
+            f"the kernel keeps outliers in bfloat16; the activation is {x.dtype.name}"
+        )
+    format = activation.format
+    whole = isinstance(format, Int) and format.granularity.rows is None
+    if whole and format.symmetric and format.bits <= 8:
+        return ""
+    return f"the kernel with outliers takes int8 tokens, not {format.name}"
+
+
 def _unfit_size(q: QTensor, part: Coded, site: int, x: Any, generation: str) -> str:
     weight = jax.eval_shape(int_weight, part)
-    coded = q.site(site).activation is not None
+    activation = q.site(site).activation
+    coded = activation is not None
+    if coded and activation.outliers is not None:
+        return sparse_outlier.too_large(generation, x.shape[0], weight)
     best = blocks.left_to_xla(weight, coded)
     if best:
         return best

@@ -19,8 +19,9 @@ from qjax.ops.activations import (
     integers,
 )
 from qjax.ops.kernels import Choice, check_implementation, choices, kernel_product
-from qjax.ops.outliers import split_outliers
+from qjax.ops.outliers import kept_product, split_outliers
 from qjax.ops.packed import ROWS, Packed
+from qjax.ops.rotations import rotation_choice, turned
 from qjax.ops.sums import sums_product
 from qjax.ops.targets import Target, here
 
@@ -61,7 +62,9 @@ def matmul(
     x = promoted(x, q, weight_dtype)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     chosen = chosen_for(x, q, site, implementation, target)
-    return _qmatmul(x, q, site, dtype, precision, chosen)
+    turning = rotation_for(x, q, site, implementation, target)
+    generation = None if turning is None else turning.generation
+    return _qmatmul(x, q, site, dtype, precision, chosen, generation)
 
 
 def chosen_for(
@@ -74,6 +77,18 @@ def chosen_for(
     """
     check_implementation(implementation)
     return choices(q, site, x, implementation, here() if target is None else target)
+
+
+def rotation_for(
+    x: Any, q: QTensor, site: int, implementation: str, target: Target | None
+) -> Choice | None:
+    """How a Hadamard transform of the input runs; None where there is none."""
+    transform = q.site(site).t_in
+    if transform is None:
+        return None
+    return rotation_choice(
+        transform, x, implementation, here() if target is None else target
+    )
 
 
 def promoted(x: Any, q: QTensor, weight_dtype: Any) -> Any:
@@ -105,15 +120,18 @@ def _matmul(
     dtype: Any,
     precision: Any,
     chosen: tuple[Choice, ...],
+    turning: str | None,
 ) -> Any:
     acts = q.site(site)
-    x = x if acts.t_in is None else acts.t_in(x)
+    x = x if acts.t_in is None else turned(x, acts.t_in, turning)
     dot = partial(jnp.matmul, precision=precision, preferred_element_type=dtype)
     values_of = partial(_values, dot)
+    on_kernel = [(p, c.generation) for p, c in zip(q.parts, chosen) if c.generation]
+    splits = acts.activation is not None and acts.activation.outliers is not None
     terms = [
-        kernel_product(x, acts, part, dtype, choice.generation, values_of)
-        for part, choice in zip(q.parts, chosen)
-        if choice.generation is not None
+        kernel_product(x, acts, part, dtype, generation, values_of)
+        for part, generation in on_kernel
+        if not splits
     ]
     terms += [
         sums_product(x, part, dtype, precision)
@@ -125,6 +143,12 @@ def _matmul(
         ways = [contraction(p.format, acts.activation.format) for p in values]
         coded = [p for p, way in zip(values, ways) if way != "values"]
         x, kept, acts = split_outliers(x, acts)
+        if splits:
+            with_kept = partial(_values_and_kept, dot)
+            terms += [
+                kept_product(x, kept, acts, part, dtype, generation, with_kept)
+                for part, generation in on_kernel
+            ]
         least = max((choice.tokens for choice in chosen), default=1)
         terms += [_coded_product(x, acts, p, dtype, dot, least) for p in coded]
         x = coded_values(x, acts)
@@ -144,13 +168,18 @@ def _matmul(
 
 
 _matmul.__name__ = "qmatmul"
-_qmatmul = jax.jit(_matmul, static_argnums=(2, 3, 4, 5))
+_qmatmul = jax.jit(_matmul, static_argnums=(2, 3, 4, 5, 6))
 
 
 def _values(dot: Any, x: Any, acts: SiteActs, part: Coded) -> Any:
     """The product of the values that codes stand for: what gradients are those of."""
     x = x if acts.activation is None else coded_values(x, acts)
     return _decoded_product(dot, x, part)
+
+
+def _values_and_kept(dot: Any, x: Any, kept: Any, acts: SiteActs, part: Coded) -> Any:
+    """The same where some features stay in float."""
+    return _decoded_product(dot, coded_values(x, acts) + kept, part)
 
 
 def _decoded_product(dot: Any, x: Any, part: Coded) -> Any:

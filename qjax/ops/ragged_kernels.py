@@ -20,6 +20,7 @@ from qjax.ops.kernels import (
     unfit_target,
     unfit_tokens,
 )
+from qjax.ops.packed import Packed
 from qjax.ops.targets import Target
 from qjax_kernels.int_matmul import blocks
 from qjax_kernels.ragged_matmul import pallas_tpu
@@ -50,6 +51,10 @@ def unfit(q: QTensor, site: int, x: Any, target: Target) -> str:
     part, *others = q.parts
     if others or not q.plain:
         return "the kernel takes experts of one coded part alone"
+    if isinstance(part, Packed):
+        return f"the weight is packed in {part.order}, for other hardware"
+    if activation is not None and activation.outliers is not None:
+        return "only dot sites keep outlier features in float"
     why = unfit_target(target) or unfit_format(part) or unfit_tokens(x, activation)
     return why or _unfit_size(part, x, activation is not None, target.generation)
 

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from qjax.ops import Target
-from qjax.ops.matmul import chosen_for, promoted
+from qjax.ops.matmul import chosen_for, promoted, rotation_for
 from qjax.ops.ragged import ragged_chosen_for
 from qjax.trace.apply import low_bit
 from qjax.trace.contractions import Call
@@ -66,6 +66,9 @@ def _explaining(
     elif call.kind == "dot":
         x = promoted(call.matrix(x), q, weight.dtype)
         chosen = chosen_for(x, q, site, implementation, target)
+        turning = rotation_for(x, q, site, implementation, target)
+        if turning is not None:
+            runs = f"{runs}, rotated by {_names((turning,))}"
     else:
         return output, f"{runs}; xla, no pallas: there is no kernel for {call.kind}"
     return output, f"{runs}; {_names(chosen)}{_refusals(chosen)}"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from qjax.core.coded import encode
 from qjax.core.formats import NVFP4, Float, Int, channel, group, token
@@ -11,8 +12,10 @@ from qjax.core.layout import Layout
 from qjax.core.qtensor import Activation, QTensor, SiteActs
 from qjax.io import treespec
 from qjax.io.checkpoint import restore, save
-from qjax.ops import conv, how, matmul, ragged_matmul
+from qjax.ops import Target, conv, how, matmul, ragged_matmul
+from qjax.ops.kernels import choices
 from qjax.trace import apply
+from qjax_kernels.compat import interpret_params
 
 K, N, M = 48, 12, 10
 INT8 = Int(8, token(), scale_rule="narrow")
@@ -50,6 +53,33 @@ def test_matmul_is_equation_8(features):
     q, x = quantized(), spiky(*features) if features else jnp.asarray(CALM)
     want = equation_8(x, q.dequantize())
     np.testing.assert_allclose(matmul(x, q), want, rtol=1e-4, atol=2e-3)
+
+
+def test_the_kernel_is_equation_8():
+    """On a TPU's kernel, and with the gradient of XLA's form."""
+    w = RNG.normal(size=(256, 128)).astype(np.float32)
+    x = np.clip(RNG.normal(size=(M, 256)), -5, 5)
+    x[::2, [3, 200]] *= 40
+    x, q = jnp.asarray(x, jnp.bfloat16), quantized(jnp.asarray(w))
+    target = Target("tpu", "v5e")
+
+    def run(x, implementation, target):
+        return matmul(
+            x, q, implementation=implementation, target=target, dtype=jnp.float32,
+            weight_dtype=jnp.bfloat16,
+        )  # fmt: skip
+
+    pltpu.reset_tpu_interpret_mode_state()
+    with pltpu.force_tpu_interpret_mode(interpret_params()):
+        y, pull = jax.vjp(lambda x: run(x, "pallas", target), x)
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(q.dequantize()))
+    by_xla, pull_xla = jax.vjp(lambda x: run(x, "xla", Target("cpu")), x)
+    # XLA's form rounds decoded weights to bfloat16 where they meet outliers.
+    assert (np.abs(y - by_xla) <= 2.0**-8 * size).all()
+    seed = jnp.ones_like(y)
+    np.testing.assert_array_equal(pull(seed)[0], pull_xla(seed)[0])
+    (choice,) = choices(q, 0, x.astype(jnp.float32), "auto", target)
+    assert "keeps outliers in bfloat16" in choice.refused
 
 
 def test_the_rest_meets_int8_in_int32():

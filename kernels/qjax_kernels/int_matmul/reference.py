@@ -28,6 +28,13 @@ def quantize_tokens(x: Any) -> tuple[jax.Array, jax.Array]:
     Scales are rounded to the dtype of `x` and are normal numbers there, so that no
     finite input becomes a NaN; a token of zeros has the dtype's epsilon.
     """
+    scale = token_scales(x)
+    codes = jnp.round(_divide(x.astype(jnp.float32), scale))
+    return jnp.clip(codes, -128, 127).astype(jnp.int8), scale
+
+
+def token_scales(x: Any) -> jax.Array:
+    """The scales of `quantize_tokens`."""
     limits = jnp.finfo(x.dtype)
     x = x.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x), axis=1, keepdims=True)
@@ -35,9 +42,7 @@ def quantize_tokens(x: Any) -> tuple[jax.Array, jax.Array]:
     scale = scale.astype(limits.dtype).astype(jnp.float32)
     # The largest code times the scale stays finite.
     scale = jnp.clip(scale, float(limits.tiny), float(limits.max) / 128)
-    scale = jnp.where(absmax == 0, float(limits.eps), scale)
-    codes = jnp.clip(jnp.round(_divide(x, scale)), -128, 127).astype(jnp.int8)
-    return codes, scale
+    return jnp.where(absmax == 0, float(limits.eps), scale)
 
 
 def _divide(x: Any, y: Any) -> Any:

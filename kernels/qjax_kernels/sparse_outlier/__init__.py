@@ -1,0 +1,1 @@
+"""Products in low bits with what is too large for them kept in float."""
