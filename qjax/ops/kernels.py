@@ -182,8 +182,7 @@ def _unfit_kept(x: Any, activation: Activation) -> str:
             f"the kernel keeps outliers in bfloat16; the activation is {x.dtype.name}"
         )
     format = activation.format
-    whole = isinstance(format, Int) and format.granularity.rows is None
-    if whole and format.symmetric and format.bits <= 8:
+    if isinstance(format, Int) and format.symmetric and format.granularity.rows is None:
         return ""
     return f"the kernel with outliers takes int8 tokens, not {format.name}"
 

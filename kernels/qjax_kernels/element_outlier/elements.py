@@ -38,10 +38,11 @@ def pack(values: Any, rows: Any, cols: Any, shape: tuple[int, int]) -> Elements:
     Raises:
       ValueError: a place is outside of `shape`, or a value is beyond bfloat16.
     """
+    K, N = shape
     values, rows, cols = (np.asarray(x).reshape(-1) for x in (values, rows, cols))
     there = values != 0
     values, rows, cols = values[there], rows[there], cols[there]
-    outside = (rows < 0) | (rows >= shape[0]) | (cols < 0) | (cols >= shape[1])
+    outside = (rows < 0) | (rows >= K) | (cols < 0) | (cols >= N)
     if outside.any():
         at = int(np.flatnonzero(outside)[0])
         raise ValueError(
@@ -61,4 +62,4 @@ def pack(values: Any, rows: Any, cols: Any, shape: tuple[int, int]) -> Elements:
     low = (rows % TILE) << 7 | cols % TILE
     entries = halves.astype(np.uint32) << 16 | low.astype(np.uint32)
     words[tile[order], place] = entries[order]
-    return Elements(jnp.asarray(words.reshape(right, down, slots)), tuple(shape))
+    return Elements(jnp.asarray(words.reshape(right, down, slots)), (K, N))
