@@ -73,6 +73,7 @@ from qjax.methods import (
     ZeroQuant,
     ZeroQuantLKD,
 )
+from qjax.models.coded_cache import quantize_cache
 from qjax.models.functional import functional
 from qjax.observe import observe
 from qjax.on_the_fly import load_quantized
@@ -199,6 +200,7 @@ __all__ = [
     "pack",
     "partition_specs",
     "quantize",
+    "quantize_cache",
     "quantize_with_report",
     "read_recipe",
     "restore",

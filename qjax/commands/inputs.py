@@ -18,6 +18,7 @@ from qjax.data import Text, encode_text, file_text, load_text
 from qjax.evals import Protocol
 from qjax.io.checkpoint import MANIFEST, holds_quantized, read_manifest, restore
 from qjax.io.huggingface import find_folder, load_shell, load_weights, read_tokenizer
+from qjax.models.coded_cache import holds_cache_scales
 from qjax.trace.apply import apply
 
 BUNDLED = Path(models.__file__).parent / "tiny_llama"
@@ -146,9 +147,9 @@ def open_model(
             raise ValueError(
                 f"{model} is already quantized: give the model that it was made from"
             )
-        stacked = _saved_stacked(folder)
-        f, config = load_shell(folder, stacked)
-        return Model(name, f, restore(folder), config, folder, stacked)
+        stacked, params = _saved_stacked(folder), restore(folder)
+        f, config = load_shell(folder, stacked, holds_cache_scales(params))
+        return Model(name, f, params, config, folder, stacked)
     f, params, config = load_weights(folder, scan_layers=scan_layers, lazy=lazy)
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     if in_float and any(map(is_quantized, leaves)):

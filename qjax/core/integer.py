@@ -22,7 +22,8 @@ from qjax.core.scales import (
     search_grid,
 )
 
-SCALE_RULES = ("ct", "narrow", "signed")
+SCALE_RULES = ("ct", "narrow", "signed", "float16")
+_NARROW = ("narrow", "float16")
 ZEROS = ("none", "int", "float")
 _CHANNEL = channel()
 
@@ -43,8 +44,10 @@ class Int:
       scale_rule: of symmetric grids. "ct" (compressed-tensors, GPTQ):
         `absmax / ((2^b-1)/2)`; "narrow" (torchao): `absmax / (2^(b-1)-1)`, codes
         `+-(2^(b-1)-1)`; "signed" (AutoRound): `+-absmax / 2^(b-1)` with the sign that
-        gives the weight of largest magnitude the lowest code.
-      scale_dtype: dtype of scales and float zeros; None is that of the weights.
+        gives the weight of largest magnitude the lowest code; "float16" (bitsandbytes):
+        "narrow" of values brought to float16, with codes `w * ((2^(b-1)-1) / absmax)`.
+      scale_dtype: dtype of scales and float zeros; None is that of the weights, float32
+        with the rule "float16".
 
     Raises:
       ValueError: a field has an illegal value, or two fields contradict each other.
@@ -115,6 +118,7 @@ class Int:
         importance: Float[Array, "... K"] | None = None,
     ) -> Grid:
         """Scales `[..., Gk, Gn]`, and zero points where the format has them."""
+        w = self._given(w)
         dtype = scale_type(self.scale_dtype, w)
         if self.symmetric and self.scale_rule != "signed":
             high = block_absmax(w, self.granularity, search)
@@ -140,7 +144,7 @@ class Int:
         absmax = jnp.maximum(-low, high)
         if self.symmetric:
             scale = positive(self._symmetric_scale(low, high).astype(dtype), absmax)
-            return Grid(finite_to(scale, self.half - (self.scale_rule == "narrow")))
+            return Grid(finite_to(scale, self.half - (self.scale_rule in _NARROW)))
         # Halves, so that a range as wide as float32 does not overflow.
         steps = np.float32((2**self.bits - 1) / 2)
         scale = divide(high * 0.5 - low * 0.5, steps).astype(dtype)
@@ -153,11 +157,17 @@ class Int:
         stored = zero.astype(dtype) if self.zero == "float" else _to_uint8(zero)
         return Grid(scale, stored)
 
+    def _given(self, w: Array) -> Array:
+        """The values that are coded."""
+        if self.scale_rule != "float16":
+            return w
+        return w.astype(jnp.float16).astype(jnp.float32)
+
     def _symmetric_scale(self, low: Array, high: Array) -> Array:
         if self.scale_rule == "signed":
             return jnp.where(-low >= high, -low, -high) / self.half
         absmax = jnp.maximum(-low, high)
-        if self.scale_rule == "narrow":
+        if self.scale_rule in _NARROW:
             return divide(absmax, self.half - 1)
         return divide(absmax, (2**self.bits - 1) / 2)
 
@@ -172,7 +182,7 @@ class Int:
         K, N = w.shape[-2:]
         to_whole = rounder(rounding, key)
         scale = spread(grid.scale.astype(jnp.float32), self.granularity, K, N)
-        x = divide(w.astype(jnp.float32), jnp.broadcast_to(scale, w.shape))
+        x = self._in_steps(self._given(w).astype(jnp.float32), scale)
         if self.zero == "float":
             zero = spread(grid.zero.astype(jnp.float32), self.granularity, K, N)
             return _to_uint8(jnp.clip(to_whole(x + zero), 0, 2**self.bits - 1))
@@ -180,8 +190,17 @@ class Int:
             # Signed, as compressed-tensors rounds: after adding the zero point.
             zero = spread(grid.zero.astype(jnp.float32), self.granularity, K, N)
             x = x + (zero - self.half)
-        lowest = 1 - self.half if self.scale_rule == "narrow" else -self.half
+        lowest = 1 - self.half if self.scale_rule in _NARROW else -self.half
         return _to_uint8(jnp.clip(to_whole(x), lowest, self.half - 1) + self.half)
+
+    def _in_steps(self, w: Array, scale: Array) -> Array:
+        if self.scale_rule != "float16":
+            return divide(w, jnp.broadcast_to(scale, w.shape))
+        # A value of float16, as the scale was made from: the rounding undoes itself.
+        most = np.float32(self.half - 1)
+        absmax = (scale * most).astype(jnp.float16).astype(jnp.float32)
+        # As torch divides a number by a tensor.
+        return w * (most * (1 / jnp.where(absmax == 0, 1, absmax)))
 
     def from_codes(self, codes: Array, grid: Grid) -> Float32[Array, "... K N"]:
         """The weights `(u - zero) * scale` that unsigned codes stand for, float32."""

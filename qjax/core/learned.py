@@ -60,7 +60,7 @@ def codes_of(
 
 def within_codes(codes: Float32[Array, "..."], format: Int) -> Float32[Array, "..."]:
     """Clipped to the codes that there are."""
-    lowest = np.float32(format.symmetric and format.scale_rule == "narrow")
+    lowest = np.float32(format.symmetric and format.scale_rule in ("narrow", "float16"))
     return clamp(codes, lowest, np.float32(2**format.bits - 1))
 
 

@@ -142,7 +142,7 @@ def _write_int8(matrix: Matrix) -> tuple[dict[str, np.ndarray], Scheme]:
     return tensors, Scheme(8, threshold=float(activation.outliers or 0.0))
 
 
-_INPUT = Int(8, token(), scale_rule="narrow")
+_INPUT = Int(8, token(), scale_rule="float16")
 
 
 def config(modules: Sequence[Linear]) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class Reader:
                 f"{take.module}.weight_format is not 0, the order of rows; other "
                 "orders are not supported"
             )
-        format = Int(8, channel(), scale_rule="narrow")
+        format = Int(8, channel(), scale_rule="float16")
         part = Coded(codes, scale, None, None, None, format, (K, N))
         activation = Activation(_INPUT, outliers=self.threshold or None)
         return tensor(part, dtype, SiteActs(activation=activation))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qjax.core.formats import MX, NVFP4, Float, Format, Int
+from qjax.core.formats import MX, NVFP4, Float, Format, Int, tensor
 from qjax.core.qtensor import Activation
 from qjax.io.compressed_arguments import activation_of, scheme_of
 from qjax.io.modules import checked
@@ -45,6 +45,7 @@ class Config:
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
+    coded_cache: bool = False
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> "Config":
@@ -55,11 +56,11 @@ class Config:
         """
         checked(OWNER, raw, KNOWN)
         _check_rest(raw)
-        found = raw.get("config_groups")
-        if not isinstance(found, Mapping) or not found:
+        found, cache = raw.get("config_groups"), _cache(raw.get("kv_cache_scheme"))
+        if not isinstance(found, Mapping) or not (found or cache):
             raise ValueError(f"{OWNER}.config_groups is {found!r}, expected groups")
         groups = tuple(_group(name, group, raw) for name, group in found.items())
-        return cls(groups, _texts("ignore", raw.get("ignore") or ()))
+        return cls(groups, _texts("ignore", raw.get("ignore") or ()), cache)
 
     def group(self, module: str) -> Group | None:
         """The group that names the module most closely, as compressed-tensors does."""
@@ -78,9 +79,11 @@ def _check_rest(raw: Mapping[str, Any]) -> None:
             f"{OWNER}.quantization_status is {status!r}, but only 'compressed' weights "
             "are supported"
         )
-    for name in ("kv_cache_scheme", "moe_sparsity_config"):
-        if raw.get(name):
-            raise ValueError(f"{OWNER}.{name} is {raw[name]!r}, supported is null")
+    if raw.get("moe_sparsity_config"):
+        found = raw["moe_sparsity_config"]
+        raise ValueError(
+            f"{OWNER}.moe_sparsity_config is {found!r}, supported is null"
+        )
     sparse = raw.get("sparsity_config") or {}
     if not isinstance(sparse, Mapping) or sparse.get("format", "dense") != "dense":
         raise ValueError(f"{OWNER}.sparsity_config is {sparse!r}, expected none")
@@ -90,6 +93,22 @@ def _check_rest(raw: Mapping[str, Any]) -> None:
                 f"{OWNER}.transform_config: {name} transforms activations as the model "
                 "runs, but only transforms folded into weights are supported"
             )
+
+
+def _cache(scheme: Any) -> bool:
+    """Whether keys and values are coded, as float8 on one static scale for each."""
+    if not scheme:
+        return False
+    owner = f"{OWNER}.kv_cache_scheme"
+    found = activation_of(owner, scheme)
+    if found != Activation(Float("e4m3", tensor()), dynamic=False):
+        assert found is not None
+        kind = "dynamic" if found.dynamic else "static"
+        raise ValueError(
+            f"{owner} is {kind} {found.format.name}, supported is float8 with one "
+            "static scale for the keys of a layer and one for its values"
+        )
+    return True
 
 
 def _transforms(raw: Mapping[str, Any]) -> list[tuple[str, Any]]:

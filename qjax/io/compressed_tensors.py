@@ -21,6 +21,12 @@ from qjax.io.modules import Linear
 METHOD = "compressed-tensors"
 VERSION = "0.19.0"
 Tensors = dict[str, np.ndarray]
+# Keys and values in float8, on one static scale for those of a layer.
+CACHE = {
+    **{"actorder": None, "block_structure": None, "dynamic": False, "group_size": None},
+    **{"num_bits": 8, "observer": None, "observer_kwargs": {}, "scale_dtype": None},
+    **{"strategy": "tensor", "symmetric": True, "type": "float", "zp_dtype": None},
+}
 
 
 def write(matrix: Matrix) -> tuple[Tensors, str]:

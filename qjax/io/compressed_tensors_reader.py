@@ -33,6 +33,11 @@ class Reader:
         """
         return cls(Config.of(raw))
 
+    @property
+    def coded_cache(self) -> bool:
+        """Whether keys and values are coded, on scales in the checkpoint."""
+        return self.config.coded_cache
+
     def takes(self, take: Take) -> bool:
         """Whether a module is quantized."""
         return self.config.group(take.module) is not None

@@ -14,13 +14,14 @@ from qjax.core.qtensor import QTensor, is_quantized
 from qjax.io import awq, bitsandbytes, compressed_tensors, gptq, hqq
 from qjax.io.folder import published
 from qjax.io.fused import Stored, warn_of_unlike
-from qjax.io.huggingface import find_folder, read_config
+from qjax.io.huggingface import find_folder, read_config, with_coded_cache
 from qjax.io.matrices import Matrix
 from qjax.io.modelcard import model_card
 from qjax.io.modules import Linear, Writer
 from qjax.io.named import NamedLeaf, named_leaves
 from qjax.io.shard_writer import ShardWriter
 from qjax.io.shards import read_json
+from qjax.models.coded_cache import holds_cache_scales
 from qjax.trace.paths import flatten_with_paths
 
 FORMATS: dict[str, Writer] = {
@@ -121,6 +122,13 @@ def _write(
 ) -> Counter[str]:
     """Write weights and configuration; how many linears are stored in each way."""
     raw, (module, config) = read_json(source / "config.json"), read_config(source)
+    coded_cache = holds_cache_scales(qparams)
+    if coded_cache and format != "compressed-tensors":
+        raise ValueError(
+            f"the model has scales for keys and values, which {format} cannot hold; "
+            "compressed-tensors can"
+        )
+    config = with_coded_cache(config, source) if coded_cache else config
     writer, linears, schemes = FORMATS[format], list[Linear](), Counter[str]()
     stored: dict[str, Stored] = {}
     dtype = None
@@ -151,6 +159,8 @@ def _write(
         "dtype": np.dtype(dtype).name,
         "quantization_config": writer.config(linears),
     }
+    if coded_cache:
+        raw["quantization_config"]["kv_cache_scheme"] = compressed_tensors.CACHE
     text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     for name in getattr(writer, "copies", ()):

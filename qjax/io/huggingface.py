@@ -97,6 +97,8 @@ def load_weights(
     reader = reader_of(raw)
     check_config(raw, folder, quantized=reader is not None)
     module, config = read_config(folder)
+    if getattr(reader, "coded_cache", False):
+        config = with_coded_cache(config, folder)
     f, shapes = _abstract(module, config, scan_layers)
     tensors = open_shards(folder)
     quantized = QuantizedModules.of(reader or reader_of_names(tensors), tensors)
@@ -123,9 +125,12 @@ def load_weights(
     return f, params, config
 
 
-def load_shell(folder: Path, scan_layers: bool = False) -> tuple[Function, Any]:
+def load_shell(
+    folder: Path, scan_layers: bool = False, coded_cache: bool = False
+) -> tuple[Function, Any]:
     """`(f, config)` as from `load_model`; needs and reads no weights."""
     module, config = read_config(folder)
+    config = with_coded_cache(config, folder) if coded_cache else config
     return _abstract(module, config, scan_layers)[0], config
 
 
@@ -162,6 +167,20 @@ def read_config(folder: Path) -> tuple[ModuleType, Any]:
     return module, module.from_fields(Fields(raw))
 
 
+def with_coded_cache(config: Any, folder: Path) -> Any:
+    """The configuration of the model whose layers hold scales for keys and values.
+
+    Raises:
+      ValueError: models of this type cannot.
+    """
+    if not hasattr(config, "coded_cache"):
+        raise ValueError(
+            f"{folder}: keys and values of this model_type cannot be coded; those of "
+            "Llama and its kind can"
+        )
+    return dataclasses.replace(config, coded_cache=True)
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or None if it holds none.
 
@@ -195,7 +214,15 @@ def _abstract(
     def make():
         return module.build(config, rngs=nnx.Rngs(0), scan_layers=scan_layers)
 
-    return functional(nnx.eval_shape(make))
+    f, shapes = functional(nnx.eval_shape(make))
+    if not hasattr(config, "coded_cache"):
+        return f, shapes
+    coded = dataclasses.replace(config, coded_cache=True)
+
+    def with_coded_cache() -> Function:
+        return _abstract(module, coded, scan_layers)[0]
+
+    return dataclasses.replace(f, with_coded_cache=with_coded_cache), shapes
 
 
 @dataclasses.dataclass(frozen=True)

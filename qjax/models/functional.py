@@ -19,12 +19,15 @@ class Function:
       head: the path of the output head's leaf, None where the head is tied or unknown.
       routers: the paths of leaves that choose experts; recipes leave them in float.
       init_cache: `(batch, length, dtype) -> cache`, None where the module has no cache.
+      with_coded_cache: makes the function whose parameters hold scales for keys and
+        values too; None where the model has none.
     """
 
     call: Callable[..., Any]
     head: str | None = None
     routers: tuple[str, ...] = ()
     init_cache: Callable[[int, int, Any], Any] | None = None
+    with_coded_cache: "Callable[[], Function] | None" = None
 
     def __call__(self, params: Any, *inputs: Any, **named: Any) -> Any:
         """The module's output on `inputs` with these parameters."""

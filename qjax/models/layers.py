@@ -15,9 +15,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from qjax.core.formats import Float as FloatFormat
+from qjax.core.formats import tensor
+from qjax.core.qtensor import Activation, SiteActs
 from qjax.ops import kv_cache
+from qjax.ops.activations import coded_values
 
 INITIALIZER_RANGE = 0.02
+FLOAT8 = Activation(FloatFormat("e4m3", tensor()), dynamic=False)
 
 
 class Cache(NamedTuple):
@@ -102,6 +107,13 @@ def remember(
     k = kv_cache.read(keys, layer, k.dtype)
     v = kv_cache.read(values, layer, v.dtype)
     return k, v, (keys, values)
+
+
+def in_float8(x: Float[Array, "B T G d"], scale: Float[Array, " 1"]) -> Any:
+    """`x` rounded to float8 (e4m3) times `scale`, with the gradient of the identity."""
+    rows = x.reshape(-1, x.shape[-1])
+    acts = SiteActs(scale.reshape(1, 1), activation=FLOAT8)
+    return coded_values(rows, acts).reshape(x.shape)
 
 
 def causal_mask(step: Step, window: Any = None) -> Bool[Array, "B T S"]:

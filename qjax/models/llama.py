@@ -31,6 +31,7 @@ class Config:
       qk_norm: RMSNorm on the heads of queries and keys (Qwen3).
       activation: of the MLP's gate, a key of `layers.ACTIVATIONS`.
       windows: per layer, how many tokens back a query sees; None sees all.
+      coded_cache: whether keys and values are rounded to float8 on scales of the layer.
     """
 
     vocabulary: int
@@ -50,6 +51,7 @@ class Config:
     mlp_bias: bool = False
     qk_norm: bool = False
     activation: str = "silu"
+    coded_cache: bool = False
 
 
 class Attention(nnx.Module):
@@ -64,6 +66,9 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = self.norm(config.head_dim, config.epsilon, dtype=dtype)
             self.k_norm = self.norm(config.head_dim, config.epsilon, dtype=dtype)
+        if config.coded_cache:
+            self.k_scale = nnx.Param(jnp.ones((1,), jnp.float32))
+            self.v_scale = nnx.Param(jnp.ones((1,), jnp.float32))
 
     def make_projections(self, config: Any, *, dtype: Any, rngs: nnx.Rngs) -> None:
         """The linears of the layer."""
@@ -91,6 +96,9 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         rope = c.rope.of_layer(layer)
         q, k = rope.rotate(q, step.positions), rope.rotate(k, step.positions)
+        if c.coded_cache:
+            k = layers.in_float8(k, self.k_scale[...])
+            v = layers.in_float8(v, self.v_scale[...])
         k, v, kv = layers.remember(kv, layer, step, k, v)
         mask = layers.causal_mask(step, window)
         return self.o_proj(self.attention(q, k, v, mask, self.scale)), kv
@@ -259,7 +267,7 @@ NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
 
 
 def outer_names(config: Config, norms: Mapping[str, str] = NORMS) -> list[Name]:
-    """Embedding, norms and head."""
+    """Embedding, norms, the scales of a coded cache, and head."""
     rows = [
         Name("model.embed_tokens.weight", "embed/embedding"),
         Name("model.norm.weight", "norm/scale"),
@@ -268,6 +276,9 @@ def outer_names(config: Config, norms: Mapping[str, str] = NORMS) -> list[Name]:
         rows.append(
             Name(f"model.layers.{{layer}}.{hf}.weight", f"layers/{{layer}}/{own}/scale")
         )
+    for each in ("k_scale", "v_scale") if config.coded_cache else ():
+        hf, path = "model.layers.{layer}.self_attn.", "layers/{layer}/attn/"
+        rows.append(Name(hf + each, path + each))
     return rows if config.tied else rows + linear_names("lm_head", "lm_head", False)
 
 

@@ -3,7 +3,8 @@
 https://arxiv.org/abs/2208.07339, equation 8: `X W = X_O W_O + S (X_R W_R)`, with `O`
 the features that reach the threshold somewhere in the batch and `R` the others. The
 scales `S` of the tokens are those of bitsandbytes: taken over all values below the
-threshold, also those of the features in `O`.
+threshold, also those of the features in `O`. Values reach it as they are coded: brought
+to float16 first where the format says so.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,9 @@ def split_outliers(x: Any, acts: SiteActs) -> tuple[Any, Any, SiteActs]:
         return x, None, acts
     zero = jnp.zeros((), x.dtype)
     # NaN reaches no threshold: it stays in the coded part, whose scale it marks.
-    reaches = jnp.abs(x) >= jnp.asarray(activation.outliers, x.dtype)
+    rule = getattr(activation.format, "scale_rule", "ct")
+    seen = x.astype(jnp.float16) if rule == "float16" else x
+    reaches = jnp.abs(seen) >= jnp.asarray(activation.outliers, seen.dtype)
     outlier = jnp.any(reaches, axis=-2, keepdims=True)
     below = lax.stop_gradient(jnp.where(reaches, zero, x))
     grid = activation.format.fit(jnp.swapaxes(below, -1, -2))
