@@ -1,17 +1,17 @@
 """Checkpoints in and out: what other libraries make of ours, and we of theirs.
 
-    python experiments/formats/run.py export WORK
+    python experiments/formats/run.py export WORK [MODEL ...] [ROW ...]
     python experiments/formats/run.py collect WORK
 
-`export` writes a random Llama in every scheme, and every architecture in one, into
-`WORK/ours`, each with the logits of `qjax.apply`; what is there stays. Between the two,
-the peers open those and write their own into `WORK/theirs` (README.md has the
+`export` writes the bundled model and a random one of every architecture in every scheme
+into `WORK/ours`, each with the logits of `qjax.apply`; what is there stays. Between the
+two, the peers open those and write their own into `WORK/theirs` (README.md has the
 commands). `collect` loads theirs, and writes `results/matrix.jsonl`,
 `results/architectures.jsonl` and the summary `results/formats.jsonl`: for each scheme
-and peer the largest difference of logits over the largest logit, the median of four
-rows.
+and peer the largest difference of a token's logits over the largest logit, the median
+of the tokens.
 
-Cost: 5 minutes on one core, and as much for the peers.
+Cost: an hour on one core, and half as much for the peers.
 """
 
 import json
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qjax
+from qjax.commands.inputs import BUNDLED
 from qjax.core.formats import Codebook, Int, channel, group, tensor
 from qjax.core.qtensor import Activation
 from qjax.results import Record, append, environment
@@ -43,11 +44,12 @@ class Row:
     name: str
     recipe: Any = None
     theirs: tuple[str, ...] = ()
+    coded_cache: bool = False
 
     @property
     def folder(self) -> str:
         """Where our export of it is."""
-        return f"{self.format}-{self.name}"
+        return f"{self.format}-{self.name}".replace(" ", "_")
 
     @property
     def label(self) -> str:
@@ -67,9 +69,9 @@ ct = partial(Row, "compressed-tensors")
 ROWS = (
     ct("W4A16", integer(4), ("llmcompressor-w4", "llmcompressor-w4_gptq")),
     ct("W4A16 asym", integer(4, **ZERO), ("llmcompressor-w4_asym",)),
-    ct("W4A16 channel", integer(4, None)),
+    ct("W4A16 channel", integer(4, None), ("llmcompressor-w4_channel",)),
     ct("W4A16 g_idx", qjax.GPTQ(weights=Int(4, group(32)), act_order="dynamic")),
-    ct("W2A16", integer(2)),
+    ct("W2A16", integer(2), ("llmcompressor-w2",)),
     ct("W3A16", integer(3), ("llmcompressor-w3",)),
     ct("W8A16", integer(8), ("llmcompressor-w8",)),
     ct(
@@ -77,11 +79,21 @@ ROWS = (
         qjax.RTN("W8A8"),
         ("llmcompressor-w8a8", "llmcompressor-w8a8_smooth_gptq"),
     ),
-    ct("W8A8 static", qjax.RTN(weights=Int(8), activations=INT8)),
-    ct("W4A8", qjax.RTN("W4A8")),
+    ct(
+        "W8A8 static",
+        qjax.RTN(weights=Int(8), activations=INT8),
+        ("llmcompressor-w8a8_static",),
+    ),
+    ct("W4A8", qjax.RTN("W4A8"), ("llmcompressor-w4a8",)),
     ct("FP8", qjax.RTN("FP8"), ("llmcompressor-fp8",)),
     ct("FP8_DYNAMIC", qjax.RTN("FP8_DYNAMIC"), ("llmcompressor-fp8_dynamic",)),
-    ct("FP8_BLOCK", qjax.RTN("FP8_BLOCK")),
+    ct("FP8_BLOCK", qjax.RTN("FP8_BLOCK"), ("llmcompressor-fp8_block",)),
+    ct(
+        "FP8_DYNAMIC, cache",
+        qjax.RTN("FP8_DYNAMIC"),
+        ("llmcompressor-fp8_cache",),
+        coded_cache=True,
+    ),
     ct("NVFP4A16", qjax.RTN("NVFP4A16"), ("llmcompressor-nvfp4a16",)),
     ct("NVFP4", qjax.RTN("NVFP4"), ("llmcompressor-nvfp4",)),
     ct("MXFP4A16", qjax.RTN("MXFP4A16"), ("llmcompressor-mxfp4a16",)),
@@ -132,7 +144,8 @@ ROWS = (
     ),
 )
 ARCHITECTURES = (
-    *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt2", "opt", "bert"),
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2"),
+    *("gemma3_text", "phi3", "gpt2", "opt", "bert"),
 )
 
 
@@ -148,38 +161,47 @@ def logits(f: Any, params: Any, ids: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(qjax.apply(f))(params, jnp.asarray(ids)))
 
 
-def export(work: Path) -> None:
-    """Write ours, and what we expect of them; a refusal is kept as a result."""
-    for row in ROWS:
-        _export(row, work / "base", work / "ours" / row.folder.replace(" ", "_"))
-    for kind in ARCHITECTURES:
-        row = Row("compressed-tensors", kind, integer(4))
-        _export(row, work / "architectures" / kind, work / "ours" / f"model-{kind}")
+def export(work: Path, *only: str) -> None:
+    """Write ours, and what we expect of them; a refusal is kept as a result.
+
+    `only`: models, and folders of rows; all of either where none is named.
+    """
+    rows = [row for row in ROWS if row.folder in only] or ROWS
+    every = ("bundled", *ARCHITECTURES)
+    for kind in [each for each in every if each in only] or every:
+        base = BUNDLED if kind == "bundled" else work / "architectures" / kind
+        loaded = qjax.load_model(base, dtype=jnp.float32, scan_layers=True)[:2]
+        for row in rows:
+            _export(row, base, *loaded, work / "ours" / kind / row.folder)
+        jax.clear_caches()
 
 
-def _export(row: Row, base: Path, out: Path) -> None:
-    if (out / "expected.npz").exists():
+def _export(row: Row, base: Path, f: Any, params: Any, out: Path) -> None:
+    if (out / "expected.npz").exists() or (out / "refused.json").exists():
         return
     shutil.rmtree(out, ignore_errors=True)
-    f, params, _, _ = qjax.load_model(base, dtype=jnp.float32)
     ids = tokens(base)
     draw = np.random.default_rng(4)
-    batches = [(jnp.asarray(draw.permutation(ids)),) for _ in range(4)]
-    qparams = qjax.quantize(f, params, row.recipe, batches, progress=False)
+    batches = [(jnp.asarray(draw.permutation(ids)),) for _ in range(2)]
     try:
+        if row.coded_cache:
+            f, params = qjax.quantize_cache(f, params, batches)
+        qparams = qjax.quantize(f, params, row.recipe, batches, progress=False)
         qjax.export(out, qparams, model=base, format=row.format)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         out.mkdir(parents=True)
         (out / "refused.json").write_text(json.dumps({"refused": str(error)}))
-        print(out.name, error, flush=True)
+        print(out.parent.name, out.name, error, flush=True)
         return
     np.savez(out / "expected.npz", tokens=ids, logits=logits(f, qparams, ids))
-    print("wrote", out.name, flush=True)
+    print("wrote", out.parent.name, out.name, flush=True)
 
 
 def differences(out: Path) -> dict[str, Any]:
     """What the peers reported of one of our exports, by reader."""
     found = {}
+    if (out / "refused.json").exists():
+        found["export"] = json.loads((out / "refused.json").read_text())
     for file in sorted(out.glob("opened-*.json")):
         found[file.stem.removeprefix("opened-")] = json.loads(file.read_text())
     return found
@@ -193,13 +215,12 @@ def loaded(folder: Path) -> dict[str, Any]:
         f, params, _, _ = qjax.load_model(folder, dtype=jnp.float32)
     except ValueError as error:
         return {"refused": str(error).replace(str(folder), folder.name)}
-    rows = np.abs(logits(f, params, ids) - expected).max((1, 2))
-    rows /= np.abs(expected).max()
-    return {"difference": float(np.median(rows)), "worst": float(rows.max())}
+    each = np.abs(logits(f, params, ids) - expected).max(-1) / np.abs(expected).max()
+    return {"difference": float(np.median(each)), "worst": float(each.max())}
 
 
 def record(label: str, reports: dict[str, Any]) -> Record:
-    """One line: medians as metrics; worst rows, refusals and versions as context."""
+    """One line: medians as metrics; worst tokens, refusals and versions as context."""
     metrics = {k: v["difference"] for k, v in reports.items() if "difference" in v}
     refused = {k: v["refused"] for k, v in reports.items() if "refused" in v}
     worst = {k: v["worst"] for k, v in reports.items() if "worst" in v}
@@ -223,13 +244,29 @@ def summary(format: str, found: list[dict[str, Any]]) -> Record:
     return Record(format, {}, metrics, environment())
 
 
+def opened(work: Path, row: Row) -> dict[str, Any]:
+    """By architecture, the largest difference among its readers, or why there is none.
+
+    A reader that refuses counts only where no other reads it.
+    """
+    found = {}
+    for kind in ARCHITECTURES:
+        reports = differences(work / "ours" / kind / row.folder).values()
+        read = [each for each in reports if "difference" in each]
+        if read:
+            found[kind] = max(read, key=lambda each: each["difference"])
+        elif reports:
+            found[kind] = next(iter(reports))
+    return found
+
+
 def collect(work: Path) -> None:
     """Load theirs and write the tables' lines."""
     for name in ("matrix", "architectures", "formats"):
         (RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
     formats: dict[str, list[dict[str, Any]]] = {}
     for row in ROWS:
-        out = work / "ours" / row.folder.replace(" ", "_")
+        out = work / "ours" / "bundled" / row.folder
         reports = {f"out_{k}": v for k, v in differences(out).items()}
         for case in row.theirs:
             if (work / "theirs" / case / "logits.npz").exists():
@@ -240,9 +277,8 @@ def collect(work: Path) -> None:
         formats.setdefault(row.format, []).append(reports)
         append(RESULTS / "matrix.jsonl", record(row.label, reports))
         print(row.label, reports, flush=True)
-    for kind in ARCHITECTURES:
-        reports = differences(work / "ours" / f"model-{kind}")
-        append(RESULTS / "architectures.jsonl", record(kind, reports))
+    for row in ROWS:
+        append(RESULTS / "architectures.jsonl", record(row.label, opened(work, row)))
     for format, found in formats.items():
         append(RESULTS / "formats.jsonl", summary(format, found))
 
@@ -250,4 +286,5 @@ def collect(work: Path) -> None:
 if __name__ == "__main__":
     # Every program runs once: most of the time goes into compiling.
     jax.config.update("jax_disable_most_optimizations", True)
-    {"export": export, "collect": collect}[sys.argv[1]](Path(sys.argv[2]))
+    job, work, *more = sys.argv[1:]
+    {"export": export, "collect": collect}[job](Path(work), *more)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ STATE = "weight.quant_state.bitsandbytes__"
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256
 OWNER = "config.json: quantization_config"
+conv1d = True  # GPT-2's linears are taken too, as any other linear is stored
 INFORMATIVE = {
     *("bnb_4bit_compute_dtype", "llm_int8_skip_modules"),
     *("llm_int8_enable_fp32_cpu_offload", "_load_in_4bit", "_load_in_8bit"),
@@ -176,6 +177,7 @@ class Reader:
 
     bits: int
     threshold: float
+    conv1d: ClassVar[bool] = True
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> "Reader":

@@ -81,9 +81,7 @@ def _check_rest(raw: Mapping[str, Any]) -> None:
         )
     if raw.get("moe_sparsity_config"):
         found = raw["moe_sparsity_config"]
-        raise ValueError(
-            f"{OWNER}.moe_sparsity_config is {found!r}, supported is null"
-        )
+        raise ValueError(f"{OWNER}.moe_sparsity_config is {found!r}, supported is null")
     sparse = raw.get("sparsity_config") or {}
     if not isinstance(sparse, Mapping) or sparse.get("format", "dense") != "dense":
         raise ValueError(f"{OWNER}.sparsity_config is {sparse!r}, expected none")

@@ -145,7 +145,7 @@ def _write(
                     shards.add(f"{named.module}.{last}", array)
             else:
                 shards.add(named.name, named.array())
-            if named.linear:
+            if named.linear or (named.conv1d and _takes_conv1d(format)):
                 linears.append(Linear(named.module, named.path, scheme))
                 second = None if second is None else float(second.reshape(()))
                 stored[named.module] = Stored(scheme, second)
@@ -170,12 +170,16 @@ def _write(
 
 
 def _matrix(named: NamedLeaf, format: str) -> Matrix:
-    if not named.linear:
+    if not (named.linear or (named.conv1d and _takes_conv1d(format))):
         raise ValueError(
             f"{named.path} is quantized, but {format} holds linear layers alone, and "
             f"{named.name} is none in torch: leave it in float"
         )
     return Matrix.of(named.path, named.leaf)
+
+
+def _takes_conv1d(format: str) -> bool:
+    return getattr(FORMATS[format], "conv1d", False)
 
 
 def _kind(matrix: Matrix) -> str:

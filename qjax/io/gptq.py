@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,6 +56,7 @@ class Writer:
 
     version: int
     copies: tuple[str, ...] = ("quantize_config.json",)
+    conv1d: ClassVar[bool] = True
 
     def write(self, matrix: Matrix) -> tuple[dict[str, np.ndarray], Any]:
         """The tensors of a linear by their last names, and its scheme.
@@ -134,6 +135,7 @@ class Reader:
     scheme: Scheme
     version: int
     ordered: bool
+    conv1d: ClassVar[bool] = True
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> "Reader":

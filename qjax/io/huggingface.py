@@ -19,9 +19,11 @@ from huggingface_hub.errors import (
 )
 
 from qjax.core.lazy import LazyLeaf
+from qjax.io.named import is_conv1d
 from qjax.io.quantized import (
     QuantizedModules,
     QuantizedSource,
+    Reader,
     float_dtype,
     reader_of,
     reader_of_names,
@@ -307,7 +309,7 @@ def _expand(name, config, tensors, module, scan_layers, expected, quantized):
         numbers = list(itertools.product(group, experts))
         lead = (len(group),) if stacked else ()
         lead += (len(experts),) if "{expert}" in name.hf else ()
-        if quantized is not None and name.transpose and name.hf.endswith(".weight"):
+        if quantized is not None and _may_be_quantized(name, quantized.reader):
             names = (_modules(name, module.PREFIX, i, e) for i, e in numbers)
             takes = quantized.takes(path, names)
             if takes:
@@ -322,6 +324,12 @@ def _expand(name, config, tensors, module, scan_layers, expected, quantized):
                 continue
         found = tuple(_find(name, tensors, module.PREFIX, i, e) for i, e in numbers)
         yield Source(path, found, lead, name.transpose)
+
+
+def _may_be_quantized(name: Name, reader: Reader) -> bool:
+    if is_conv1d(name.hf, name.path, name.transpose):
+        return getattr(reader, "conv1d", False)
+    return name.transpose and name.hf.endswith(".weight")
 
 
 def _modules(name: Name, prefix: str, layer: int, expert: int) -> list[str]:

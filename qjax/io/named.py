@@ -38,10 +38,20 @@ class NamedLeaf(NamedTuple):
         """Whether it is the weight of a torch `Linear`."""
         return self.transpose and self.name.endswith(".weight")
 
+    @property
+    def conv1d(self) -> bool:
+        """Whether it is the weight of transformers' `Conv1D`: GPT-2's linears."""
+        return is_conv1d(self.name, self.path, self.transpose)
+
     def array(self) -> np.ndarray:
         """A float leaf as torch keeps it."""
         host = np.asarray(self.leaf)
         return np.ascontiguousarray(host.T if self.transpose else host)
+
+
+def is_conv1d(name: str, path: str, transpose: bool) -> bool:
+    """Whether a row of the table is the weight of a `Conv1D`, kept as `[in, out]`."""
+    return not transpose and name.endswith(".weight") and path.endswith("/kernel")
 
 
 def named_leaves(module: ModuleType, config: Any, params: Any) -> Iterator[NamedLeaf]:

@@ -27,8 +27,9 @@ def quantize_cache(
     """The model with keys and values in float8, on scales from calibration.
 
     The scale is `absmax / 448`, as compressed-tensors and llm-compressor take it; keys
-    and values are seen as `params`, quantized or not, make them, in one pass in which
-    they are not rounded yet. `export` writes the scales and `kv_cache_scheme`.
+    and values are seen as `params` make them, in one pass in which they are not rounded
+    yet. Before `quantize`, with float parameters, the scales are llm-compressor's;
+    after it, those of the quantized model. `export` writes them and `kv_cache_scheme`.
 
     Args:
       f: of a decoder, from `load_model`.
@@ -68,7 +69,8 @@ def _largest(f: Function, params: Any, tokens: Any) -> dict[str, Float[Array, " 
     """The largest magnitude in each layer's keys and values."""
     assert f.init_cache is not None
     dtype = jax.eval_shape(apply(f), params, tokens).dtype
-    _, cache = apply(f)(params, tokens, f.init_cache(*tokens.shape, dtype))
+    batch, length = tokens.shape
+    _, cache = apply(f)(params, tokens, f.init_cache(batch, length, dtype))
     return {
         name: jnp.max(jnp.abs(getattr(cache, each).astype(jnp.float32)), (1, 2, 3, 4))
         for name, each in SCALES.items()

@@ -70,13 +70,14 @@ def widen(model: Any, folder: Path) -> Any:
 
 
 def distances(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """The largest difference of each row over the largest logit: median and worst row.
+    """A token's largest difference over the largest logit: median and worst token.
 
     Where inputs are coded, one that lies on the edge of two codes may fall to the other
-    side when sums differ in their last bit; then its row is off by more than rounding.
+    side when sums differ in their last bit; then its token is off by more than
+    rounding, and so may be those that attend to it.
     """
-    rows = np.abs(found - expected).max((1, 2)) / np.abs(expected).max()
-    return {"difference": float(np.median(rows)), "worst": float(rows.max())}
+    each = np.abs(found - expected).max(-1) / np.abs(expected).max()
+    return {"difference": float(np.median(each)), "worst": float(each.max())}
 
 
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:

@@ -47,6 +47,19 @@ def mixed() -> dict[str, Any]:
     return {"config_groups": {"a": four, "b": eight}, "ignore": ["lm_head"]}
 
 
+def eight(rows: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Weights in 8 bits, one scale for each output, and inputs."""
+    weights = {"num_bits": 8, "type": "int", "strategy": rows}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
+STATIC = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": False}
+# Ranges are those of all that was seen; the default is a moving average.
+CACHE = {
+    **{"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True},
+    **{"dynamic": False, "observer": "static_minmax"},
+}
 Recipe = Callable[[], list[Any]]
 RECIPES: dict[str, Recipe] = {
     "w4": lambda: [QuantizationModifier(**integers(4))],
@@ -67,8 +80,20 @@ RECIPES: dict[str, Recipe] = {
     "mxfp4": lambda: [QuantizationModifier(scheme="MXFP4", **LINEARS)],
     "mxfp8": lambda: [QuantizationModifier(scheme="MXFP8", **LINEARS)],
     "mixed": lambda: [QuantizationModifier(**mixed())],
+    "w4_channel": lambda: [
+        QuantizationModifier(**integers(4, strategy="channel", group_size=None))
+    ],
+    "w2": lambda: [QuantizationModifier(**integers(2))],
+    "w4a8": lambda: [QuantizationModifier(scheme="W4A8", **LINEARS)],
+    "w8a8_static": lambda: [QuantizationModifier(**eight("channel", STATIC))],
+    "fp8_block": lambda: [QuantizationModifier(scheme="FP8_BLOCK", **LINEARS)],
+    "fp8_cache": lambda: [
+        QuantizationModifier(scheme="FP8_DYNAMIC", kv_cache_scheme=CACHE, **LINEARS)
+    ],
 }
-CALIBRATED = ("w4_gptq", "w8a8_smooth_gptq", "fp8", "nvfp4")
+CALIBRATED = (
+    *("w4_gptq", "w8a8_smooth_gptq", "fp8", "nvfp4", "w8a8_static", "fp8_cache"),
+)
 
 
 def write(case: str, base: str, out: Path) -> None:

@@ -3,9 +3,16 @@
     python scripts/parity/open_exports.py READER OUT [CASE ...]
 
 READER is `transformers` (with compressed-tensors, bitsandbytes, or optimum and
-gptqmodel behind it), `gptqmodel` (its own loader) or `hqq`. Every folder in OUT that
-`experiments/formats/run.py export` wrote gets an `opened-READER.json`: how far logits
-are from those of `qjax.apply`, or why it was refused, and versions.
+gptqmodel behind it), `gptqmodel` (its own loader), `hqq`, or `ordered`
+(compressed-tensors 0.12.2 for `g_idx`, which newer ones refuse). Every folder in OUT
+that `experiments/formats/run.py export` wrote gets an `opened-READER.json`: how far
+logits are from those of `qjax.apply`, or why it was refused, and versions. CASE is one
+of those folders, or one that holds several.
+
+Readers compute in float32 here. Where a library fixes 16 bits, that line alone is
+replaced: the dtype to which compressed-tensors unpacks 4-bit floats, the product (not
+the decoding) of GPTQModel's AWQ linear, and bitsandbytes' `6.200124e-5` for `1/127^2`.
+Of GPTQModel's kernels the one in plain torch is chosen.
 """
 
 import json
@@ -40,12 +47,13 @@ READS: dict[str, dict[str, str]] = {
     },
     "gptqmodel": {"gptq": "gptqmodel", "awq": "gptqmodel"},
     "hqq": {"hqq": "hqq"},
+    "ordered": {"compressed-tensors": "compressed_tensors"},
 }
 
 
 def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
     """Whatever reader transformers has for the format."""
-    _unpack_in_float32()
+    _compute_in_float32()
     config = json.loads((folder / "config.json").read_text())
     stored = config["quantization_config"]
     groups = stored.get("config_groups", {}).values()
@@ -58,6 +66,12 @@ def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
         options["quantization_config"] = transformers.CompressedTensorsConfig(
             dequantize=True
         )
+    if stored["quant_method"] == "gptq":
+        options["quantization_config"] = transformers.GPTQConfig(
+            stored["bits"], backend="gptq_torch"
+        )
+    if stored["quant_method"] == "awq":
+        options["quantization_config"] = transformers.AwqConfig(backend="torch_awq")
     automatic = transformers.AutoModelForCausalLM
     if config["model_type"] == "bert":
         automatic = transformers.AutoModelForMaskedLM
@@ -71,21 +85,52 @@ def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
     return logits(widen(model, folder) if sixteen else model, tokens)
 
 
-def _unpack_in_float32() -> None:
-    """Without it, compressed-tensors unpacks 4-bit floats to bfloat16."""
-    if find_spec("compressed_tensors") is None:
-        return
-    from compressed_tensors.compressors.nvfp4 import base, helpers  # noqa: PLC0415
+def _compute_in_float32() -> None:
+    """What no option of the libraries brings to float32, or makes exact."""
+    if find_spec("compressed_tensors") is not None:
+        from compressed_tensors.compressors.nvfp4 import base, helpers  # noqa: PLC0415
 
-    base.unpack_fp4_from_uint8 = partial(
-        helpers.unpack_fp4_from_uint8, dtype=torch.float32
+        base.unpack_fp4_from_uint8 = partial(
+            helpers.unpack_fp4_from_uint8, dtype=torch.float32
+        )
+    if find_spec("gptqmodel") is not None:
+        from gptqmodel.nn_modules.qlinear import torch_awq  # noqa: PLC0415
+
+        torch_awq.AwqTorchLinear.forward = _awq_forward
+    if find_spec("bitsandbytes") is not None and not LIBRARIES:
+        import bitsandbytes  # noqa: F401, PLC0415
+
+        LIBRARIES.append(torch.library.Library("bitsandbytes", "IMPL"))
+        LIBRARIES[0].impl("int8_mm_dequant", _int8_mm_dequant, "CPU")
+
+
+LIBRARIES: list[Any] = []  # what is registered lasts as long as these
+
+
+def _awq_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """`AwqTorchLinear.forward` in the dtype of its input."""
+    from gptqmodel.quantization.awq.utils import packing_utils  # noqa: PLC0415
+
+    weight = packing_utils.dequantize_gemm(
+        self.qweight, self.qzeros, self.scales, self.bits, self.group_size
     )
+    y = x @ weight.to(x.dtype)
+    return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+def _int8_mm_dequant(
+    a: Any, row_stats: Any, col_stats: Any, dtype: Any = None, bias: Any = None
+) -> torch.Tensor:
+    """bitsandbytes' default kernel with `1/127^2` exact."""
+    y = a * (row_stats.reshape(-1, 1) * col_stats.reshape(1, -1)) * (1 / 127**2)
+    return (y if bias is None else y + bias).to(dtype or torch.float16)
 
 
 def by_gptqmodel(folder: Path, tokens: np.ndarray) -> np.ndarray:
     """The loader of GPTQModel, with its kernel in plain torch."""
     from gptqmodel import BACKEND, GPTQModel  # noqa: PLC0415
 
+    _compute_in_float32()
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]
     awq = stored["quant_method"] == "awq"
     backend = BACKEND.TORCH_AWQ if awq else BACKEND.TORCH
@@ -101,7 +146,10 @@ def by_hqq(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config  # transformers 5.23 refuses it
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    automatic = transformers.AutoModelForCausalLM
+    if config.model_type == "bert":
+        automatic = transformers.AutoModelForMaskedLM
+    model = automatic.from_config(config).float().eval()
     found = load_file(folder / "model.safetensors")
     for name in [key.removesuffix(".W_q") for key in found if key.endswith(".W_q")]:
         keys = [key for key in found if key.startswith(f"{name}.")]
@@ -114,10 +162,42 @@ def by_hqq(folder: Path, tokens: np.ndarray) -> np.ndarray:
     return logits(model, tokens)
 
 
+def by_ordered(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """A float model of what compressed-tensors up to 0.18 makes of `weight_g_idx`.
+
+    Release 0.12.2 comes first in `PYTHONPATH`, from `pip install --no-deps --target`.
+    """
+    from compressed_tensors.compressors import (  # noqa: PLC0415
+        PackedQuantizationCompressor,
+    )
+    from compressed_tensors.quantization import QuantizationArgs  # noqa: PLC0415
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    (scheme,) = config.quantization_config["config_groups"].values()
+    newer = ("scale_dtype", "zp_dtype")
+    said = {k: v for k, v in scheme["weights"].items() if k not in newer}
+    arguments = QuantizationArgs(**said)
+    assert arguments.actorder == "group"
+    del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    found = load_file(folder / "model.safetensors")
+    last = ".weight_packed"
+    for name in [key.removesuffix(last) for key in found if key.endswith(last)]:
+        keys = [key for key in found if key.startswith(f"{name}.weight_")]
+        held = {key.removeprefix(f"{name}."): found.pop(key) for key in keys}
+        found[f"{name}.weight"] = PackedQuantizationCompressor().decompress_weight(
+            held, arguments
+        )
+    left = model.load_state_dict(found, strict=False)
+    assert not left.unexpected_keys, left
+    return logits(model, tokens)
+
+
 READERS: dict[str, Callable[[Path, np.ndarray], np.ndarray]] = {
     "transformers": by_transformers,
     "gptqmodel": by_gptqmodel,
     "hqq": by_hqq,
+    "ordered": by_ordered,
 }
 
 
@@ -137,16 +217,17 @@ def main(reader: str, out: str, *only: str) -> None:
     torch.set_num_threads(1)
     installed = {d.name.lower(): d.version for d in distributions()}
     versions = {name: installed[name] for name in sorted(REPORTED & installed.keys())}
-    for folder in sorted(path.parent for path in Path(out).glob("*/expected.npz")):
+    for folder in sorted(path.parent for path in Path(out).glob("*/*/expected.npz")):
         config = json.loads((folder / "config.json").read_text())
         package = READS[reader].get(config["quantization_config"]["quant_method"])
         known = package is not None and find_spec(package) is not None
-        if not known or (only and folder.name not in only):
+        chosen = not only or bool({folder.name, folder.parent.name} & set(only))
+        if not known or not chosen or (folder / f"opened-{reader}.json").exists():
             continue
         found = report(reader, folder)
         text = json.dumps(found | {"versions": versions}, indent=2, sort_keys=True)
         (folder / f"opened-{reader}.json").write_text(text + "\n")
-        print(folder.name, found, flush=True)
+        print(folder.parent.name, folder.name, found, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,19 @@ import transformers
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
 BERT = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
-OPT = {k: v for k, v in BERT.items() if k != "intermediate_size"} | {"ffn_dim": 96}
+OPT = {k: v for k, v in BERT.items() if k != "intermediate_size"} | {"ffn_dim": 128}
 GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
+    "moe_intermediate_size": 64,
     "norm_topk_prob": True,
     "head_dim": 16,
 }
@@ -37,6 +37,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2": SIZES,
     "qwen3": SIZES | {"head_dim": 16, "tie_word_embeddings": True},
     "qwen3_moe": SIZES | EXPERTS,
+    "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": SIZES | {"head_dim": 16, "sliding_window": 5},
+    "gemma3_text": SIZES | {"head_dim": 16, "sliding_window": 5},
+    "phi3": SIZES | {"sliding_window": 5, "pad_token_id": 0},
     "gpt2": GPT2,
     "opt": OPT,
     "bert": BERT,

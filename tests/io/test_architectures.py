@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qjax.core.coded import encode
-from qjax.core.formats import Int, group
+from qjax.core.formats import Codebook, Int, group
 from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor, dequantize
 from qjax.io.export import export
@@ -111,11 +111,57 @@ def is_coded(leaf: Any) -> bool:
     return isinstance(leaf, QTensor)
 
 
-def test_gpt2_has_no_linears(tmp_path: Path):
-    build(Kind("gpt2", GPT2, 0)).save_pretrained(tmp_path / "float")
-    _, params, _ = load_weights(tmp_path / "float")
-    kernel = params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
-    coded = QTensor.of(_encode(kernel), Layout("kn", kernel.shape), kernel.dtype)
-    params["layers"]["0"]["mlp"]["up_proj"]["kernel"] = coded
-    with pytest.raises(ValueError, match=r"^layers/0/mlp/up_proj/kernel .* is none in"):
-        export(tmp_path / "out", params, model=tmp_path / "float")
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """GPT-2 keeps its linears in `Conv1D`, `[in, out]` in torch too."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    build(Kind("gpt2", GPT2, 0)).save_pretrained(folder)
+    f, params, _ = load_weights(folder)
+    return folder, f, params
+
+
+def coded_gpt2(params: Any, format: Any) -> Any:
+    def leaf(path: Any, w: Any) -> Any:
+        if path[-1].key != "kernel":
+            return w
+        return QTensor.of(encode(w, format), Layout("kn", w.shape), w.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "awq", "hqq"])
+def test_conv1d_is_no_linear_in_most_formats(gpt2: Any, tmp_path: Path, format: str):
+    folder, _, params = gpt2
+    coded = coded_gpt2(params, FOUR)
+    with pytest.raises(ValueError, match=r"^layers/0/attn/\w+/kernel .* is none in"):
+        export(tmp_path / "out", coded, model=folder, format=format)
+
+
+@pytest.mark.parametrize("format", ["gptq", "gptq-v2"])
+def test_conv1d_in_gptq_and_back(gpt2: Any, tmp_path: Path, format: str):
+    folder, _, params = gpt2
+    coded = coded_gpt2(params, FOUR)
+    out = export(tmp_path / "out", coded, model=folder, format=format)
+    _, back, _ = load_weights(out)
+    assert jax.tree.structure(back) == jax.tree.structure(coded)
+    jax.tree.map(np.testing.assert_array_equal, back, coded)
+
+
+def test_conv1d_in_bitsandbytes(gpt2: Any, tmp_path: Path):
+    import torch
+    import transformers
+
+    pytest.importorskip("bitsandbytes")
+    folder, f, params = gpt2
+    coded = coded_gpt2(params, Codebook("nf4", group(64)))
+    out = export(tmp_path / "out", coded, model=folder, format="bitsandbytes")
+    _, back, _ = load_weights(out)
+    jax.tree.map(np.testing.assert_array_equal, back, coded)
+    served: Any = transformers.AutoModelForCausalLM.from_pretrained(out)
+    for module in served.modules():
+        module.support_avx512bf16_for_cpu = False
+    tokens = np.random.default_rng(1).integers(2, 64, (2, 8))
+    expected = np.asarray(_run(f, dequantize(coded), jnp.asarray(tokens)))
+    with torch.no_grad():
+        found = served(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())

@@ -38,9 +38,7 @@ FORMATS = {
 
 def int8(small: Any, threshold: float | None = 6.0) -> Any:
     activation = Activation(INPUTS, outliers=threshold)
-    return small.quantized(
-        WEIGHTS, lambda w: SiteActs(activation=activation)
-    )
+    return small.quantized(WEIGHTS, lambda w: SiteActs(activation=activation))
 
 
 def torch_logits(folder: Path, tokens: np.ndarray, **options: Any) -> Any:
@@ -190,9 +188,7 @@ def test_8_bits_run_in_torch(small: Any, tmp_path: Path, threshold: float | None
     activation = Activation(INPUTS, outliers=threshold)
     _, params, _ = load_weights(folder, scan_layers=True)
     own = replace(small, folder=folder, params=params)
-    qparams = own.quantized(
-        WEIGHTS, lambda w: SiteActs(activation=activation)
-    )
+    qparams = own.quantized(WEIGHTS, lambda w: SiteActs(activation=activation))
     out = export(tmp_path / "out", qparams, model=folder, format="bitsandbytes")
     _, model = torch_logits(out, small.tokens)
     check_8_bits(small, model, qparams)
