@@ -10,6 +10,7 @@ from qjax.commands.inputs import open_model
 from qjax.commands.output import wide_console
 from qjax.io.checkpoint import MANIFEST, read_manifest
 from qjax.io.export import export
+from qjax.results import read
 
 Format = Literal["compressed-tensors", "gptq", "gptq-v2", "awq", "bitsandbytes", "hqq"]
 
@@ -30,6 +31,8 @@ class Export:
     """The checkpoint format."""
     shard_gb: float = 5.0
     """The most GB (10^9 bytes) in one file of weights."""
+    results: Path | None = None
+    """What `qjax eval MODEL --out FILE` wrote: measured quality for the model card."""
 
     def run(self) -> None:
         """Read, write, and say where it is."""
@@ -41,10 +44,29 @@ class Export:
             model=model.folder,
             format=self.format,
             recipe=recipe,
+            quality=None if self.results is None else measured(self.results),
             base=base or model.name,
             shard_bytes=int(self.shard_gb * 10**9),
         )
         wide_console().print(f"wrote {self.out} ({self.format})")
+
+
+def measured(file: Path) -> dict[str, Any]:
+    """Every metric in a file of results, by its name and what it was measured on.
+
+    Raises:
+      OSError, ValueError: the file is missing or damaged, or holds no results.
+    """
+    found: dict[str, Any] = {}
+    for record in read(file):
+        text = record.context.get("text")
+        where = record.label if text is None else text["name"]
+        for name, value in record.metrics.items():
+            if name != "tokens_per_second":
+                found[f"{name.replace('_', ' ')}, {where}"] = value
+    if not found:
+        raise ValueError(f"--results {file} holds no results")
+    return found
 
 
 def _origin(folder: Path) -> tuple[Any, str | None]:

@@ -25,6 +25,7 @@ from qjax.methods import RTN
 from qjax.models import gpt2, qwen3_moe
 from qjax.models.fields import Fields
 from qjax.models.functional import functional
+from qjax.results import Record, append
 
 W4 = Int(4, group(32))
 
@@ -207,8 +208,15 @@ def test_the_command(small: Any, tmp_path: Path, capfd: Any):
     assert main(command) == 1
     assert "exists already: give another folder" in capfd.readouterr().err
     # What another library quantized can be exported again.
+    measured = tmp_path / "measured.jsonl"
+    context = {"text": {"name": "pydoc", "sha256": "0" * 64}}
+    metrics = {"perplexity": 12.34, "kl_nats": 0.01, "tokens_per_second": 5.0}
+    append(measured, Record("model", {}, metrics, context))
     command = ["export", str(tmp_path / "out"), str(tmp_path / "ct")]
-    assert main(command) == 0
+    assert main([*command, "--results", str(measured)]) == 0
+    card = (tmp_path / "ct/README.md").read_text()
+    assert "| perplexity, pydoc | 12.34 |\n| kl nats, pydoc | 0.01 |\n" in card
+    assert "tokens per second" not in card
     _, back, _ = load_weights(tmp_path / "ct", scan_layers=True)
     jax.tree.map(np.testing.assert_array_equal, back, small.quantized(W4))
     with pytest.raises(ValueError, match="is already quantized"):
