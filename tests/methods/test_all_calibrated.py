@@ -209,11 +209,12 @@ def seen(x, acts):
         top = 2**activation.format.bits - 1
         codes = np.clip(np.round(x[:, order] / scale) + zero, 0, top)
         return ((codes - zero) * scale)[:, back]
-    reaches = np.abs(x) >= (activation.outliers or np.inf)
-    below = np.abs(np.where(reaches, 0, x)).max(-1, keepdims=True)
-    narrow = activation.format.scale_rule == "narrow"
-    scale = below / np.float32(127 if narrow else 127.5)
-    coded = np.clip(np.round(x / scale), -128, 127) * scale
+    rule = activation.format.scale_rule
+    given = x.astype(np.float16).astype(np.float32) if rule == "float16" else x
+    reaches = np.abs(given) >= (activation.outliers or np.inf)
+    below = np.abs(np.where(reaches, 0, given)).max(-1, keepdims=True)
+    scale = below / np.float32(127 if rule in ("narrow", "float16") else 127.5)
+    coded = np.clip(np.round(given / scale), -128, 127) * scale
     return np.where(reaches.any(0), x, coded)
 
 
