@@ -14,9 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.coded import Coded, pack_codes
+from qjax.core.histogram import Histogram
 from qjax.core.ranges import calibrator_of
 from qjax.core.scales import Grid
-from qjax.core.statistics import Hessian, SecondMoment, Statistic
+from qjax.core.statistics import (
+    Hessian,
+    MovingRange,
+    Range,
+    SecondMoment,
+    Statistic,
+)
 from qjax.methods.base import Solution
 from qjax.placement import NOWHERE, Placement
 from qjax.solving import Solved, site_key, weight_error
@@ -149,6 +156,38 @@ def _known(statistic: Statistic, value: Any, tokens: Any) -> Any:
     return jnp.where(nothing, neutral, value)
 
 
+def lent(statistics: Mapping[str, Statistic], seen: Seen) -> Seen:
+    """Experts that saw nothing take the ranges of all experts together.
+
+    Their own are unknown, and what is coded on an empty range is lost.
+    """
+    if not seen.tokens.ndim:
+        return seen
+    states = {
+        name: _filled(statistics[name], state, seen.tokens)
+        if isinstance(statistics[name], (Range, MovingRange, Histogram))
+        else state
+        for name, state in seen.states.items()
+    }
+    return replace(seen, states=states)
+
+
+def _filled(statistic: Statistic, states: Any, tokens: Any) -> Any:
+    """`states[*lead]` with the merged state of all where there are no `tokens`."""
+    lead = tokens.ndim
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[lead:]), states)
+    first, others = (
+        jax.tree.map(lambda x, s=s: x[s], flat) for s in (0, slice(1, None))
+    )
+    whole = jax.lax.scan(lambda a, b: (statistic.merge(a, b), None), first, others)[0]
+
+    def filled(own: Any, every: Any) -> Any:
+        nothing = tokens.reshape(*tokens.shape, *(1,) * every.ndim) == 0
+        return jnp.where(nothing, every, own)
+
+    return jax.tree.map(filled, states, whole)
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _solve(
     method: Any,
@@ -164,7 +203,7 @@ def _solve(
     ws = tuple(placement.matrices(ws))
     found = {
         name: _known(statistics[name], value, seen.tokens)
-        for name, value in finalized(statistics, seen).items()
+        for name, value in finalized(statistics, lent(statistics, seen)).items()
     }
     lead = ws[0].shape[:-2]
     one = partial(_solve_matrices, method, repairs, measured)

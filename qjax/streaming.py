@@ -7,7 +7,6 @@ read it are solved together, and the pass goes on with their quantized weights.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import sqrt
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 
 from qjax.blocksolver import enter, planned, solve_block
 from qjax.leaves import Leaves
+from qjax.outcomes import check, check_ranges, site_report
 from qjax.placement import NOWHERE, Placement
 from qjax.report import SiteReport
 from qjax.sitesolver import Problem, solve_sites, statistics_of
@@ -25,7 +25,6 @@ from qjax.trace.rows import Accumulator, Seen, mask_fits, refusal
 from qjax.trace.stream import Lane, LeafKey, Point, Stream, find_points, key_of
 
 MASK_UNFIT = "the mask does not fit {}: padding was counted"
-NOTHING_SEEN = "no samples reached it: its input was taken as white noise"
 
 
 @dataclass(frozen=True)
@@ -227,6 +226,7 @@ class Pass:
         )
         bad = int(np.sum(np.asarray(seen.bad)))
         check(problems, solved, f"the input of {problems[0].name}", bad)
+        check_ranges(problems, solved, [self.coded(key) for key in point.keys])
         seconds = (time.perf_counter() - start) / len(problems)
         for key, problem, each in zip(point.keys, problems, solved):
             self.keep(key, problem, each, seconds, remark, move)
@@ -256,6 +256,11 @@ class Pass:
         w = job.layout.to_matrix(self.leaves.inner(key))
         repairs = tuple(self.repairs.get(self.name(key), ()))
         return Problem(self.name(key), w, self.step(key), repairs, job.dtype)
+
+    def coded(self, key: LeafKey) -> bool:
+        """Whether any site of the leaf codes its input: lookups do not."""
+        kinds = {op.call.kind for _, op in self.lanes[0].meetings if key_of(op) == key}
+        return kinds != {"embedding"}
 
     def observe(self, point: Point, statistics: Any, move: Any) -> tuple[Seen, str]:
         """What is accumulated of the point's input over all batches."""
@@ -297,7 +302,7 @@ class Pass:
                 flat, i, seconds / count, float(errors[i]), float(norms[i])
             )
         self.advance(count * job.layout.K * job.layout.N)
-        self.reports.append(_row(problem, each, seconds, remark))
+        self.reports.append(site_report(problem, each, seconds, remark))
 
     def solve_unreached(self) -> None:
         """Sites inside control flow that the pass does not open: without data."""
@@ -327,68 +332,13 @@ class Pass:
             [problem], statistics, seen, self.options.key, self.options.placement
         )[0]
         check([problem], [each])
+        check_ranges([problem], [each], [True])
         seconds = time.perf_counter() - start
         where = dict(self.lanes[0].tape.closed).get(key[0])
         remark = f"inside {where}, which is not opened" if where else "not reached"
         self.keep(key, problem, each, seconds, remark, self.leaves.move(key))
 
 
-def check(
-    problems: Sequence[Problem], solved: Sequence[Any], where: str = "", bad: int = 0
-) -> None:
-    """Refuse weights and activations that are not finite.
-
-    Args:
-      problems, solved: the sites.
-      where: the activation that was looked at.
-      bad: how many of its values are not finite.
-
-    Raises:
-        ValueError: naming the site and how many values.
-    """
-    for problem, each in zip(problems, solved):
-        unfit = int(each.numbers["bad_weights"].sum())
-        if unfit:
-            raise ValueError(
-                f"{problem.name} holds {unfit} NaN or Inf of {problem.w.size} values; "
-                "quantize finite weights"
-            )
-    if bad:
-        raise ValueError(
-            f"{where} holds {bad} NaN or Inf in calibration; "
-            "calibrate with inputs for which the model is finite"
-        )
-
-
 def _widened(move: Any, lead: tuple[int, ...]) -> Any:
     """A transform that all experts share, once for each."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), move)
-
-
-def _row(problem: Problem, each: Any, seconds: float, remark: str) -> SiteReport:
-    tokens = each.numbers["tokens"].reshape(-1)
-    remarks = [remark] if remark else []
-    starved = int((tokens == 0).sum())
-    if starved == tokens.size:
-        remarks.append(NOTHING_SEEN)
-    elif starved:
-        remarks.append(f"{starved} of {tokens.size} experts: {NOTHING_SEEN}")
-    notes = {name: float(np.max(v)) for name, v in each.numbers["notes"].items()}
-    norm = float(each.numbers["norm"].sum())
-
-    def relative(name: str) -> float:
-        error = max(float(each.numbers[name].sum()), 0.0)
-        return sqrt(error / norm) if norm else 0.0
-
-    return SiteReport(
-        problem.name,
-        type(problem.method).__name__,
-        problem.method.format.name,
-        int(tokens.min()),
-        relative("error_before"),
-        relative("error"),
-        each.measured,
-        seconds,
-        notes,
-        "; ".join(remarks),
-    )

@@ -29,7 +29,7 @@ from qjax.scalesearch import (
 )
 from qjax.streaming import Options
 from qjax.trace.fold import Fold, Folder, pooled
-from qjax.trace.rows import Accumulator, finalized, mask_fits, refusal
+from qjax.trace.rows import Accumulator, finalized, leading, mask_fits, refusal
 from qjax.trace.segments import Segment
 from qjax.trace.stream import Lane, LeafKey, Point, Stream, find_points
 
@@ -147,6 +147,8 @@ class TransformPass:
         outside = readers - set(point.meetings)
         if isinstance(fold, str) and not step.online:
             return f"not folded: {fold}" + (f" ({len(outside)})" if outside else "")
+        if leading(point.meetings[0]):
+            return "its input is that of several experts"
         if step.norms_only and not step.online and not getattr(fold, "norm", True):
             return "its input comes from no norm"
         for target in () if isinstance(fold, str) else fold.targets:

@@ -10,11 +10,13 @@ from matplotlib.image import imread
 
 import qjax
 from qjax import cuts, results
+from qjax.catalogue import BLOCKWISE, CALIBRATED, COMPARED, named
 from qjax.cli import main
 from qjax.commands.calibration import CalibrationText
 from qjax.commands.inputs import Model
 from qjax.commands.quantize import Quantize
 from qjax.data import Text
+from qjax.recipes import steps_of
 
 # With torch at hand transformers imports it, and hqq, for any tokenizer.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -66,6 +68,16 @@ def test_quantize_calibrates_and_reports(folder, text, tmp_path, capfd):
 def test_a_transform_with_a_scheme_is_followed_by_rounding():
     steps = Quantize("bundled", Path("out"), "smoothquant", "W8A8").make_recipe()
     assert steps == (qjax.SmoothQuant(), qjax.RTN("W8A8"))
+
+
+@pytest.mark.parametrize("name", [*CALIBRATED, *COMPARED, *BLOCKWISE])
+def test_every_short_name_is_a_recipe_of_quantize(name):
+    """With patterns and without; methods that wrap another have that one's."""
+    plain = Quantize("bundled", Path("out"), name).make_recipe()
+    assert plain == steps_of(named(name).recipe)
+    asked = Quantize("bundled", Path("out"), name, targets=("a", "b"), ignore=("c",))
+    for step in asked.make_recipe():
+        assert (step.targets, step.ignore) == (("a", "b"), ("c",))
 
 
 class Letters:

@@ -1,5 +1,7 @@
 """Calibration on a mesh: the codes of one device, on devices and on processes."""
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,21 +14,6 @@ from jax.sharding import AxisType
 
 import qjax
 from qjax.placement import Placement
-
-WORKER = """
-import sys
-import jax
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-sys.path.insert(0, sys.argv[1])
-from qjax.commands.calibration import MeshOptions
-mesh = MeshOptions(2, 2, sys.argv[2], 2, int(sys.argv[3])).start()
-import qjax
-from sharded_model import f, params, batches, recipe
-quantized = qjax.quantize(f, params(), recipe, batches(), progress=False, mesh=mesh)
-if jax.process_index() == 0:
-    qjax.save(sys.argv[1] + "/out", quantized)
-"""
 
 MODEL = """
 import jax.numpy as jnp, numpy as np
@@ -73,7 +60,8 @@ def on_mesh(known, data: int, model: int, batches=None):
 
 def codes(quantized) -> np.ndarray:
     leaves = jax.tree.leaves(quantized, is_leaf=qjax.is_quantized)
-    return np.concatenate([np.asarray(q.parts[0].unpack()).ravel() for q in leaves])
+    parts = [q.parts[0] for q in leaves if qjax.is_quantized(q)]
+    return np.concatenate([np.asarray(part.unpack()).ravel() for part in parts])
 
 
 def same_codes(a, b) -> float:
@@ -106,27 +94,59 @@ def test_batches_that_do_not_fill_the_devices(known):
     assert {site.samples for site in report.sites} == {480}
 
 
-def test_two_processes_give_the_codes_of_one(known, tmp_path):
-    (tmp_path / "sharded_model.py").write_text(MODEL)
-    (tmp_path / "worker.py").write_text(WORKER)
+def command(folder, text, out) -> list[str]:
+    """`qjax quantize`; two linears, so that little is compiled."""
+    words = f"quantize {folder} {out} --recipe gptq --scheme W4A16 "
+    words += f"--targets */mlp/up_proj */mlp/down_proj --calibration.text {text} "
+    words += f"--calibration.length 32 --calibration.report {out}.jsonl"
+    program = "import sys, qjax.cli; sys.exit(qjax.cli.main())"
+    return [sys.executable, "-c", program, *words.split()]
+
+
+def run(*commands: list[str]) -> None:
+    """All at once, each with two devices."""
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    started = [
+        subprocess.Popen(c, env=environment, stderr=subprocess.PIPE) for c in commands
+    ]
+    try:
+        said = [process.communicate(timeout=400)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(p.returncode for p in started), said[0].decode()[-2000:]
+
+
+def on_two_processes(words: list[str]) -> None:
+    """The same command, with the address of the first process and a number each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "worker.py", str(tmp_path), address, str(process)],
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-        )
-        for process in range(2)
-    ]
-    try:
-        results = [worker.communicate(timeout=240)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [w.returncode for w in workers] == [0, 0], results[0].decode()[-2000:]
-    assert same_codes(qjax.restore(tmp_path / "out"), known["one"][0]) >= 0.995
+    more = "--calibration.mesh.data 2 --calibration.mesh.model 2 "
+    more += f"--calibration.mesh.coordinator {address} --calibration.mesh.processes 2"
+    more += " --calibration.mesh.process"
+    run(*([*words, *more.split(), str(process)] for process in range(2)))
+
+
+def errors(report) -> dict[str, float]:
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    return {x["name"]: x["error"] for x in lines if x["kind"] == "site"}
+
+
+def test_two_processes_give_the_codes_of_one(folder, text, tmp_path):
+    """From one command line; errors within 0.1 %, and the same bits a second time."""
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    run(command(folder, text, one))
+    on_two_processes(command(folder, text, two))
+    on_two_processes(command(folder, text, again))
+    a, b, c = (qjax.restore(path) for path in (one, two, again))
+    assert same_codes(b, a) >= 0.995
+    for x, y in zip(jax.tree.leaves(b), jax.tree.leaves(c), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    expected = errors(one.with_suffix(".jsonl"))
+    assert len(expected) == 4
+    assert errors(two.with_suffix(".jsonl")) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_mesh_with_other_axes_is_refused():

@@ -36,7 +36,8 @@ class MeshOptions:
         """
         if self.processes > 1 and self.coordinator is None:
             raise ValueError(
-                f"--mesh.processes is {self.processes}: give --mesh.coordinator too"
+                f"--calibration.mesh.processes is {self.processes}: give "
+                "--calibration.mesh.coordinator too"
             )
         if self.coordinator is not None:
             jax.distributed.initialize(self.coordinator, self.processes, self.process)
@@ -44,8 +45,8 @@ class MeshOptions:
             return None
         if self.data * self.model != jax.device_count():
             raise ValueError(
-                f"--mesh.data {self.data} times --mesh.model {self.model} must be the "
-                f"number of devices, {jax.device_count()}"
+                f"--calibration.mesh.data {self.data} times --calibration.mesh.model "
+                f"{self.model} must be the number of devices, {jax.device_count()}"
             )
         return jax.make_mesh(
             (self.data, self.model),

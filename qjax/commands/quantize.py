@@ -152,9 +152,19 @@ class Quantize:
                 f"--recipe {self.recipe} is not a method, so it takes no "
                 f"{', '.join(given)}: give one of {', '.join(METHODS).upper()}"
             )
-        found = named(self.recipe).recipe
-        steps = found if isinstance(found, tuple) else (found,)
-        return tuple(replace(step, **patterns) for step in steps)
+        asked = {name: value for name, value in patterns.items() if value}
+        return tuple(
+            patterned(step, asked) for step in steps_of(named(self.recipe).recipe)
+        )
+
+
+def patterned(step: Any, patterns: dict[str, Any]) -> Any:
+    """A step with these patterns; a method that wraps another has that one's."""
+    if not patterns:
+        return step
+    if "then" in step.__dataclass_fields__:
+        return replace(step, then=patterned(step.then, patterns))
+    return replace(step, **patterns)
 
 
 def shell_files(folder: Path) -> dict[str, Path]:

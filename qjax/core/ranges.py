@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int32
 
 from qjax.core import formats
 from qjax.core.formats import NVFP4, Format, Granularity, Int
@@ -274,7 +274,9 @@ class KLRange(_Searched):
     widest range wins. Asymmetric formats clip both ends at the magnitude found.
 
     The bins are those of `Histogram`, up to the one with the largest value: they divide
-    a power of two where the reference's divide the first batch's maximum.
+    a power of two where the reference's divide the first batch's maximum. The reference
+    serves integers only; the levels of a `Float` are here the sets of bins whose
+    centers it rounds alike.
 
     Args:
       bins: of `|x|`, a power of two; 2048, as in the reference.
@@ -288,22 +290,21 @@ class KLRange(_Searched):
     def statistic(self, format: Format) -> Histogram:
         """The histogram of each block."""
         check_static("KLRange", format)
-        if not isinstance(format, Int):
+        if isinstance(format, NVFP4):
             raise ValueError(
-                f"KLRange cannot calibrate {format.name}: its levels are those of an "
-                "Int; take MSERange(), PercentileRange() or MinMaxRange()"
+                "KLRange cannot calibrate nvfp4: its global scale clips nothing; take "
+                "MinMaxRange() or PercentileRange()"
             )
         return Histogram(2 * self.bins, static_rows(format))
 
     def grid(self, format: Format, finalized: Counts) -> Grid:
         """The format's grid on the range of least divergence."""
-        assert isinstance(format, Int)
         magnitudes = finalized.magnitudes()
-        kept = jax.vmap(lambda m: self.kept_bins(m, format.half))(magnitudes)
+        kept = jax.vmap(lambda m: self.kept_bins(m, format))(magnitudes)
         return _clipped(format, finalized, kept * finalized.width())
 
     def kept_bins(
-        self, magnitudes: Float32[Array, " bins"], levels: int
+        self, magnitudes: Float32[Array, " bins"], format: Format
     ) -> Float32[Array, ""]:
         """How many bins of `|x|` the best range keeps."""
         number = jnp.arange(1, self.bins + 1)
@@ -312,7 +313,8 @@ class KLRange(_Searched):
         tried = jnp.arange(self.start, self.bins + 1, self.stride)
 
         def one(count):
-            loss = divergence(magnitudes, count, levels)
+            level = levels_of(format, magnitudes.shape[0], count)
+            loss = divergence(magnitudes, count, level)
             return jnp.where(count <= last, loss, jnp.inf)
 
         losses = lax.map(one, tried)
@@ -320,20 +322,35 @@ class KLRange(_Searched):
         return tried[best].astype(jnp.float32)
 
 
+def levels_of(format: Format, bins: int, count: Any) -> Int32[Array, " bins"]:
+    """The level of each bin of `|x|` when the format reaches to the end of bin `count`.
+
+    Of an `Int` as many as there are magnitudes, equally wide; of a `Float` one for each
+    value that it rounds centers of bins to.
+    """
+    index = jnp.arange(bins)
+    if isinstance(format, Int):
+        levels = jnp.minimum(np.int32(format.half), count)
+        return jnp.minimum(index * levels // count, np.int32(bins - 1))
+    assert isinstance(format, formats.Float)
+    each = replace(format, granularity=_EACH)
+    top = jnp.asarray(count, jnp.float32)[None]
+    grid = range_grid(format, -top, top)
+    centers = (index.astype(jnp.float32) + np.float32(0.5))[None]
+    values = each.from_codes(each.to_codes(centers, grid), grid)[0]
+    return jnp.cumsum(jnp.diff(values, prepend=values[:1]) > 0, dtype=jnp.int32)
+
+
 def divergence(
-    magnitudes: Float32[Array, " bins"], count: Any, levels: int
+    magnitudes: Float32[Array, " bins"], count: Any, level: Int32[Array, " bins"]
 ) -> Float32[Array, ""]:
-    """`KL(histogram cut at count bins || the same in so many levels)`, in nats."""
+    """`KL(histogram cut at count bins || the same merged into levels)`, in nats."""
     bins = magnitudes.shape[0]
     index = jnp.arange(bins)
-    inside = index < count
-    kept = jnp.where(inside, magnitudes, 0)
+    kept = jnp.where(index < count, magnitudes, 0)
     tail = jnp.sum(magnitudes) - jnp.sum(kept)
-    level = jnp.where(inside, index * np.int32(levels) // count, np.int32(levels))
-    sums = jnp.zeros(levels + 1, jnp.float32).at[level].add(kept)
-    sizes = (
-        jnp.zeros(levels + 1, jnp.float32).at[level].add((kept > 0).astype(jnp.float32))
-    )
+    sums = jnp.zeros(bins, jnp.float32).at[level].add(kept)
+    sizes = jnp.zeros(bins, jnp.float32).at[level].add((kept > 0).astype(jnp.float32))
     mean = (sums / jnp.maximum(sizes, 1))[level]
     model = jnp.where(kept > 0, mean, 0)
     data = kept + jnp.where(index == count - 1, tail, 0)

@@ -1,11 +1,11 @@
 """Coding of an activation at its site."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
-from qjax.core.formats import NVFP4, Float, Format, Int
+from qjax.core.formats import NVFP4, Float, Format, Granularity, Int
 from qjax.core.qtensor import Activation, SiteActs
 from qjax.core.rounding import straight_through
 from qjax.core.scales import Grid
@@ -63,6 +63,36 @@ def _input_grid(transposed: Any, acts: SiteActs, activation: Activation) -> Grid
     if isinstance(format, NVFP4):
         return format.fit(transposed, global_scale=acts.global_scale)
     return Grid(acts.scale, acts.zero)
+
+
+def of_rows(acts: SiteActs, sizes: Any, M: int) -> SiteActs:
+    """Static ranges of experts, `[E, G, 1]`, as ranges of the rows that they take.
+
+    Args:
+      acts: of a site whose `M` rows are sorted by expert.
+      sizes: `[E]`, rows of each expert.
+      M: rows.
+    """
+    activation = acts.activation
+    known = acts.scale if acts.global_scale is None else acts.global_scale
+    if activation is None or activation.dynamic or known is None or known.ndim == 2:
+        return acts
+    owner = jnp.repeat(jnp.arange(known.shape[0]), sizes, total_repeat_length=M)
+
+    def taken(values: Any) -> Any:
+        return None if values is None else values[owner, :, 0].T
+
+    format = activation.format
+    if isinstance(format, (Int, Float)):
+        own = Granularity(format.granularity.rows, 1)
+        activation = replace(activation, format=replace(format, granularity=own))
+    return replace(
+        acts,
+        scale=taken(acts.scale),
+        zero=taken(acts.zero),
+        global_scale=taken(acts.global_scale),
+        activation=activation,
+    )
 
 
 def coded_values(x: Any, acts: SiteActs) -> Any:

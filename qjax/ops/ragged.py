@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from qjax.core.coded import Coded
 from qjax.core.formats import Int
 from qjax.core.qtensor import QTensor, SiteActs
-from qjax.ops.activations import code_input, coded_values, integers
+from qjax.ops.activations import code_input, coded_values, integers, of_rows
 from qjax.ops.kernels import Choice, check_implementation
 from qjax.ops.matmul import promoted
 from qjax.ops.ragged_kernels import ragged_choice, ragged_product
@@ -94,7 +94,7 @@ def _ragged(
     precision: Any,
     generation: str | None,
 ) -> Any:
-    acts = q.site(site)
+    acts = of_rows(q.site(site), group_sizes, x.shape[0])
     if generation is not None:
         values = partial(_values, dtype, precision)
         return ragged_product(

@@ -157,6 +157,36 @@ def test_codes_are_the_paper_s(bits, size, symmetric, order, K):
         np.testing.assert_array_equal(found.t_in.index, perm)
 
 
+def published_levels(w, h, table, size, order):
+    """The same for levels that are not evenly spaced, with a scale for each group."""
+    w, h = w.astype(np.float64), h.astype(np.float64)
+    groups = np.arange(K) // size
+    perm = np.argsort(-np.diag(h), kind="stable") if order == "static" else np.arange(K)
+    h = h + 0.01 * np.diag(h).mean() * np.eye(K)
+    upper = np.linalg.cholesky(np.linalg.inv(h[perm][:, perm])).T
+    tops = np.abs(w.reshape(-1, size, w.shape[1])).max(1)  # the levels end at -1 and 1
+    w, codes = w[perm].copy(), np.zeros(w.shape, int)
+    for j in range(K):
+        if order == "off" and j % size == 0:
+            tops[j // size] = np.abs(w[j : j + size]).max(0)
+        top = tops[groups[perm[j]]]
+        codes[j] = np.abs(w[j] / top - table[:, None]).argmin(0)
+        passed = (w[j] - table[codes[j]] * top) / upper[j, j]
+        w[j + 1 :] -= np.outer(upper[j, j + 1 :], passed)
+    return codes[np.argsort(perm)]
+
+
+@pytest.mark.parametrize("levels", ["nf4", (-1.0, -0.5, -0.2, 0.0, 0.1, 0.3, 0.6, 1.0)])
+@pytest.mark.parametrize("order", ["off", "static"])
+def test_codes_of_a_codebook_are_the_paper_s(levels, order):
+    w, h = weights(), hessian()
+    format = Codebook(levels, granularity=group(64))
+    method = GPTQ(weights=format, act_order=order, block_size=BLOCK)
+    expected = published_levels(w, h, np.asarray(format.table, np.float64), 64, order)
+    codes = np.asarray(solve(method, w, h)[1])
+    assert (codes == expected).mean() >= 0.999
+
+
 @pytest.mark.parametrize(
     ("format", "order"),
     [

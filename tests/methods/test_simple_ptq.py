@@ -53,7 +53,7 @@ BAD = [
     ({"scheme": "W8B8"}, ValueError, "unknown scheme 'W8B8'"),
     ({"calibrator": "minmax"}, TypeError, "SimplePTQ.calibrator must be"),
     ({"calibrator": None}, TypeError, "SimplePTQ.calibrator must be"),
-    ({"scheme": "FP8", "calibrator": KLRange()}, ValueError, "KLRange cannot"),
+    ({"scheme": "NVFP4", "calibrator": KLRange()}, ValueError, "KLRange cannot"),
     ({"scheme": "NVFP4", "calibrator": MSERange()}, ValueError, "MSERange cannot"),
     ({"targets": 3}, TypeError, "targets"),
 ]

@@ -3,6 +3,8 @@
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 
 from qjax.core.coded import encode
@@ -94,6 +96,40 @@ def test_float8_meets_float8(granularity):
     kinds = dots(jax.make_jaxpr(matmul)(x, q))
     assert kinds == {("float8_e4m3fn", "float8_e4m3fn", "float32")}
     chex.assert_trees_all_close(matmul(x, q), simulated(x, q), rtol=1e-4, atol=1e-4)
+
+
+REGIONS = {"tensor": tensor(), "feature": block(1, None), "token": token()} | {
+    "group": group(32)
+}
+
+
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize("dtype", ["int8", "int4", "e4m3"])
+def test_a_dynamic_range_of_every_kind(region, dtype):
+    """The largest magnitude of each region sets its scale, batch by batch."""
+    own = REGIONS[region]
+    format = Float(dtype, own) if dtype == "e4m3" else Int(int(dtype[3:]), own)
+    acts = (SiteActs(activation=Activation(format)),)
+    coded = encode(normal(0, K, N), Float("e4m3") if dtype == "e4m3" else Int(8))
+    q = QTensor.of(coded, Layout("kn", (K, N)), jnp.float32, acts)
+    x = np.asarray(normal(1, M, K))
+    if region == "group":  # the last one is smaller
+        tops = np.maximum.reduceat(np.abs(x), np.arange(0, K, 32), axis=1)
+        tops = np.repeat(tops, 32, axis=1)[:, :K]
+    else:
+        axis = {"tensor": (0, 1), "feature": 0, "token": 1}[region]
+        tops = np.abs(x).max(axis, keepdims=True)
+    scale = tops / np.float32(448 if dtype == "e4m3" else (2**format.bits - 1) / 2)
+    if dtype == "e4m3":
+        codes = np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    else:
+        codes = np.clip(np.round(x / scale), -format.half, format.half - 1)
+    want = (
+        codes.astype(np.float64)
+        * scale
+        @ np.asarray(coded.decode(jnp.float32), np.float64)
+    )
+    np.testing.assert_allclose(matmul(jnp.asarray(x), q), want, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_have_their_own_scales():
