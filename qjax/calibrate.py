@@ -15,7 +15,7 @@ from qjax.solving import Job, Pieces
 from qjax.streaming import Options, Pass
 from qjax.trace.program import Program, is_arraylike, trace
 from qjax.trace.sites import Sites
-from qjax.trace.stream import lanes_of
+from qjax.trace.stream import Lane, lanes_of
 from qjax.transforming import TransformPass
 
 
@@ -67,6 +67,7 @@ def calibrate(
         for b, joined in gathered
     ]
     masks = [None if mask_fn is None else mask_fn(*batch) for batch in batches]
+    check_masks(masks, lanes)
     leaves = Leaves(lanes[0].program.leaves, placement=placement)
     quantizers = [s for s in plan.steps if kind_of(s) == "quantize"]
     repairs, transforms = (_by_name(plan, kind) for kind in ("repair", "transform"))
@@ -90,6 +91,23 @@ def calibrate(
         place(job, run.pieces.pop(job.path))
     _put_edited(lanes[0].program, leaves, values)
     return Report((), (), tuple(run.reports), tuple(rows))
+
+
+def check_masks(masks: Sequence[Any], lanes: Sequence[Lane]) -> None:
+    """Refuse a mask that has a weight for the tokens of no site.
+
+    Raises:
+        ValueError: naming the batch.
+    """
+    dots = [op for lane in lanes for _, op in lane.meetings if op.call.kind == "dot"]
+    tokens = sorted({op.call.M for op in dots})
+    for number, mask in enumerate(masks):
+        if mask is not None and tokens and mask.size not in tokens:
+            raise ValueError(
+                f"the mask of batch {number} has shape {mask.shape}, but the sites see "
+                f"{' or '.join(map(str, tokens))} tokens; mask_fn must give each token "
+                "of a batch one weight"
+            )
 
 
 def _by_name(plan: Plan, kind: str) -> dict[str, list[Any]]:

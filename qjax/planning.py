@@ -18,15 +18,21 @@ def plan(steps: Sequence[Any], found: Sites, leaves: dict[str, Any]) -> list[Job
     """The leaves that the recipe takes, each with the step of every layer.
 
     Raises:
-        ValueError: a step takes nothing, or takes part of a stack that must stay whole.
+        ValueError: a step takes nothing, takes part of a stack that must stay whole, or
+            keeps outlier features of a site that is no dot.
     """
+    every = uses_by_path(found)
     by_path = {
-        path: uses
-        for path, uses in uses_by_path(found).items()
-        if not is_quantized(leaves[path])
+        path: uses for path, uses in every.items() if not is_quantized(leaves[path])
     }
+    if every and not by_path:
+        raise ValueError("every leaf that a step could take is quantized already")
     candidates = candidates_of(found, by_path)
     assigned = assign(steps, candidates)
+    for candidate in candidates:
+        for number in set(assigned[candidate.path]):
+            if number is not None:
+                _check_outliers(steps[number], by_path[candidate.path])
     return [
         _job(candidate.names, by_path[candidate.path], leaves[candidate.path], numbers)
         for candidate in candidates
@@ -100,6 +106,19 @@ def _job(
 def main_use(uses: Sequence[Site]) -> Site:
     """The use whose K and N the codes follow: a contraction before a lookup."""
     return next((u for u in uses if u.kind != "embedding"), uses[0])
+
+
+def _check_outliers(step: Any, uses: Sequence[Site]) -> None:
+    activation = getattr(step, "activation", None)
+    if getattr(activation, "outliers", None) is None:
+        return
+    for use in uses:
+        if use.kind not in ("dot", "embedding"):
+            raise ValueError(
+                f"{use.path} is read by a {use.kind}, and only dot sites keep outlier "
+                f"features in float; give it another step than {type(step).__name__}, "
+                "or leave it out with ignore"
+            )
 
 
 def _check_mesh(path: str, leaf: Any) -> None:

@@ -25,7 +25,13 @@ from qjax.core.qtensor import QTensor, Stacked, is_quantized
 from qjax.io.journal import fingerprint, open_journal
 from qjax.placement import Placement
 from qjax.planning import plan
-from qjax.recipes import allocated, is_quantizer, needs_data, steps_of
+from qjax.recipes import (
+    allocated,
+    check_quantizes,
+    is_quantizer,
+    needs_data,
+    steps_of,
+)
 from qjax.report import LeafReport, Report
 from qjax.solving import BATCH_BYTES, Job, Pieces, gather, solve_all, tensor_of
 from qjax.streaming import Options
@@ -94,6 +100,7 @@ def quantize_with_report(
         arguments; the order of sums then differs from one device's.
     """
     steps = steps_of(recipe)
+    check_quantizes(steps)
     if key is None and any(getattr(step, "random", False) for step in steps):
         raise ValueError("the recipe draws random numbers; give key=jax.random.key(0)")
     batches = None if calibration is None else list(calibration)

@@ -96,6 +96,20 @@ def steps_of(recipe: Any) -> tuple[Any, ...]:
     return tuple(sorted(steps, key=lambda step: KINDS_OF_STEPS.index(kind_of(step))))
 
 
+def check_quantizes(steps: Sequence[Any]) -> None:
+    """Refuse a recipe that codes no weights.
+
+    Raises:
+        ValueError: naming its steps.
+    """
+    if all(kind_of(step) in ("transform", "repair") for step in steps):
+        names = ", ".join(type(step).__name__ for step in steps)
+        raise ValueError(
+            f"the recipe ({names}) quantizes no weights: add a method that does, such "
+            'as RTN("W8A8")'
+        )
+
+
 def allocated(
     steps: Sequence[Any], f: Any, params: Any, calibration: Any, **options: Any
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

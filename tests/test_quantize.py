@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import qjax
 from qjax.core.formats import Int, group
 from qjax.core.lazy import LazyLeaf
 from qjax.core.qtensor import QTensor, Stacked, dequantize, is_quantized
@@ -156,6 +157,15 @@ def test_quantized_leaves_are_left_alone():
     once = run(chain, chain_params(), RTN("W8A16", targets="out"))
     twice = run(chain, once, RTN())
     assert twice["out"] is once["out"] and is_quantized(twice["layers"]["w"])
+
+
+def test_a_recipe_must_quantize_something():
+    for step in (qjax.SmoothQuant(), qjax.AWQ(), qjax.BiasCorrection()):
+        with pytest.raises(ValueError, match=r"\(\w+\) quantizes no weights: add"):
+            run(chain, chain_params(), step)
+    every = run(chain, chain_params(), RTN("W8A16"))
+    with pytest.raises(ValueError, match="is quantized already"):
+        run(chain, every, RTN("W4A16"))
 
 
 def test_numpy_leaves():

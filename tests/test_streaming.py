@@ -297,6 +297,12 @@ def test_a_static_range_needs_samples():
     run(f, params, [(normal(5, 16),)], qjax.RTN("FP8", targets="a"))
 
 
+def test_outlier_features_of_experts_are_refused():
+    batch = (normal(12, 16), jnp.array([7, 0, 5]))
+    with pytest.raises(ValueError, match=r"^w is read by a ragged_dot, and only dot"):
+        run(routed, {"w": normal(3, 16, 6)}, [batch], qjax.LLMInt8(targets="w"))
+
+
 def test_scales_of_experts_are_left_and_reported():
     def f(p, x, sizes):
         dense = jnp.einsum("tk,ekn->etn", jnp.sin(x), p["dense"])
@@ -402,6 +408,8 @@ def test_padding_and_masks():
     q, report = run(f, params, [(bad,)], mask_fn=lambda x: mask)
     same_codes(codes(q["w"]), alone(params["w"], x[np.asarray(mask) > 0]))
     assert {r.samples for r in report.sites} == {4}
+    with pytest.raises(ValueError, match=r"mask of batch 0 has shape \(3,\), but the"):
+        run(f, params, [(x,)], mask_fn=lambda x: jnp.ones(3))
 
 
 def test_errors_name_the_site():

@@ -39,7 +39,7 @@ def code_input(x: Any, acts: SiteActs) -> CodedInput:
         raise ValueError(
             f"Activation.outliers is {activation.outliers!r}, but only dot sites keep "
             "outlier features in float; give convolutions and experts another step, "
-            'or leave them out with targets="Linear"'
+            "or leave them out with ignore"
         )
     transposed = jnp.swapaxes(x, -1, -2)
     grid = _input_grid(transposed, acts, activation)
