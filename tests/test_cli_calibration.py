@@ -74,9 +74,9 @@ def test_a_transform_with_a_scheme_is_followed_by_rounding():
 def test_every_short_name_is_a_recipe_of_quantize(name):
     """With patterns and without; methods that wrap another have that one's."""
     plain = Quantize("bundled", Path("out"), name).make_recipe()
-    assert plain == steps_of(named(name).recipe)
+    assert steps_of(plain) == steps_of(named(name).recipe)
     asked = Quantize("bundled", Path("out"), name, targets=("a", "b"), ignore=("c",))
-    for step in asked.make_recipe():
+    for step in steps_of(asked.make_recipe()):
         assert (step.targets, step.ignore) == (("a", "b"), ("c",))
 
 
