@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import tyro
 
-from qjax.commands.inputs import Model, open_model
+from qjax.commands.inputs import Model, computing, open_model
 from qjax.commands.output import wide_console
 from qjax.commands.quantize import shell_files
 from qjax.commands.training import TrainingOptions, run_training
@@ -72,13 +72,14 @@ class TrainQuantized:
         model = open_model(self.model, in_float=True)
         teacher = self.open_teacher(model)
         data, optimiser = self.rows(model, teacher), self.training.optimiser()
+        seen = self.training.computing
         f_qat, qstate = fake_quantize(
-            model.f, model.params, step, example=model.example
+            model.f, seen(model.params), step, example=model.example
         )
 
         def run(trained: Any, observed: Any, tokens: Any, key: Any) -> Any:
             own = replace(qstate, trained=trained["qstate"], observed=observed)
-            return f_qat(trained["params"], own, tokens, key=key)
+            return f_qat(seen(trained["params"]), own, tokens, key=key)
 
         def loss(trained: Any, observed: Any, tokens: Any, key: Any, known: Any) -> Any:
             logits, after = run(trained, observed, tokens, key)
@@ -91,7 +92,8 @@ class TrainQuantized:
             logits, _ = run(state.trained, state.carried, tokens, None)
             return next_token_loss(logits, tokens)
 
-        trained = {"params": model.params, "qstate": qstate.trained}
+        start = computing(model.params, "float32")
+        trained = {"params": start, "qstate": qstate.trained}
         state = run_training(
             self.training,
             self.out,
@@ -100,12 +102,12 @@ class TrainQuantized:
             begin(trained, optimiser, qstate.observed),
             held_out_loss,
             data,
-            (None if teacher is None else teacher.params,),
+            (None if teacher is None else seen(teacher.params),),
         )
         done = replace(qstate, trained=state.trained["qstate"], observed=state.carried)
         save(
             self.out,
-            finalize(state.trained["params"], done),
+            finalize(seen(state.trained["params"]), done),
             metadata={
                 "model": model.name,
                 "scan_layers": model.scan_layers,

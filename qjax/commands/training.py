@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qjax.commands.inputs import Model, TextOptions
+from qjax.commands.inputs import Dtype, Model, TextOptions, computing
 from qjax.commands.output import wide_console
 from qjax.data import encode_text, windows
 from qjax.plots import loss_plot
@@ -40,6 +40,9 @@ class TrainingOptions:
     """Of AdamW."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    precision: Dtype = "float32"
+    """What the forward and backward pass compute in. What is trained, its gradients
+    summed over batches and the moments of AdamW are float32 always."""
     held_out: int = 16
     """Windows at the end of the text that are not trained on."""
     eval_every: int = 50
@@ -59,6 +62,10 @@ class TrainingOptions:
     def key(self) -> jax.Array:
         """Of everything drawn at random."""
         return jax.random.key(self.seed)
+
+    def computing(self, params: Any) -> Any:
+        """Parameters as the forward pass sees them."""
+        return computing(params, self.precision)
 
     def optimiser(self) -> optax.GradientTransformation:
         """AdamW with its schedule."""
