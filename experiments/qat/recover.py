@@ -56,7 +56,7 @@ class Options:
     """Tokens of each, at most."""
     method: Literal["lsq", "paretoq", "ste"] = "paretoq"
     """For the weights."""
-    steps: int = 1000
+    steps: int = 800
     """Updates."""
     batch: int = 8
     """Windows in a batch."""
@@ -107,6 +107,7 @@ def job_of(options: Options) -> TrainQuantized:
             held_out=64,
             eval_every=100,
             save_every=100,
+            precision="float32",
         ),
     )
 
@@ -185,7 +186,7 @@ def main(options: Options) -> None:
     about |= {"texts": [p.name for p in options.texts]}
     about = {k: v for k, v in about.items() if k not in ("run", "out", "evaluate")}
     for row in options.run_only:
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         if row == "trained":
             job = job_of(options)
             job.run()
@@ -197,7 +198,8 @@ def main(options: Options) -> None:
         else:
             params, label = jax.block_until_ready(rounded(options, model, row)), row
         minutes = (time.perf_counter() - began) / 60
-        metrics = score(params) | {"minutes": minutes}
+        spent = (time.process_time() - busy) / 60
+        metrics = score(params) | {"minutes": minutes, "cpu_minutes": spent}
         where = environment() | {"scored": texts}
         rows[label] = Record(label, about, metrics, where)
         print(label, json.dumps(with_shares(rows)[-1].metrics), flush=True)

@@ -1,6 +1,7 @@
 """`qjax qat`: train a model quantized, and save it as `qjax quantize` does."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,7 +73,7 @@ class TrainQuantized:
         model = open_model(self.model, in_float=True)
         teacher = self.open_teacher(model)
         data, optimiser = self.rows(model, teacher), self.training.optimiser()
-        seen = self.training.computing
+        seen = partial(self.training.computing, stored=model.params)
         f_qat, qstate = fake_quantize(
             model.f, seen(model.params), step, example=model.example
         )
@@ -102,7 +103,7 @@ class TrainQuantized:
             begin(trained, optimiser, qstate.observed),
             held_out_loss,
             data,
-            (None if teacher is None else seen(teacher.params),),
+            (None if teacher is None else self.known(teacher),),
         )
         done = replace(qstate, trained=state.trained["qstate"], observed=state.carried)
         save(
@@ -117,6 +118,10 @@ class TrainQuantized:
             overwrite=self.overwrite,
         )
         wide_console().print(f"wrote {self.out}")
+
+    def known(self, teacher: Model) -> Any:
+        """The teacher's parameters as the forward pass sees them."""
+        return self.training.computing(teacher.params, teacher.params)
 
     def open_teacher(self, model: Model) -> Model | None:
         """The model whose logits are learned.
