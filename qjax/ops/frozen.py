@@ -23,6 +23,7 @@ from qjax.ops.matmul import chosen_for, promoted
 from qjax.ops.sums import sums_product
 
 PIECES = 8
+LANES = 128  # of a TPU's registers: pieces of whole ones where there are several
 
 
 def takes(q: QTensor, site: int = 0) -> bool:
@@ -101,7 +102,9 @@ def _pieces(part: Coded) -> int:
     N = part.shape[1]
     if part.format.granularity.cols not in (1, None):
         return 0
-    return max(n for n in range(1, PIECES + 1) if N % n == 0)
+    even = [n for n in range(1, PIECES + 1) if N % n == 0]
+    whole = [n for n in even if N // n % LANES == 0]
+    return max(whole) if max(whole, default=1) > 1 else max(even)
 
 
 def _piece_of(part: Coded, dtype: Any) -> Any:
