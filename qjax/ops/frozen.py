@@ -98,9 +98,9 @@ def _by_piece(x: Any, part: Coded, dtype: Any, precision: Any) -> Any:
 
 
 def _pieces(part: Coded) -> int:
-    """Into how many pieces the columns are cut; 0: their scales are not by column."""
+    """Into how many pieces the columns are cut; 0: packed, or scales not by column."""
     N = part.shape[1]
-    if part.format.granularity.cols not in (1, None):
+    if type(part) is not Coded or part.format.granularity.cols not in (1, None):
         return 0
     even = [n for n in range(1, PIECES + 1) if N % n == 0]
     whole = [n for n in even if N // n % LANES == 0]
