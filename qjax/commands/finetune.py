@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from qjax.commands.inputs import open_model
+from qjax.commands.inputs import computing, open_model
 from qjax.commands.output import wide_console
 from qjax.commands.training import TrainingOptions, run_training
 from qjax.core.qtensor import is_quantized
@@ -57,6 +57,8 @@ class Finetune:
         if self.scheme is not None:
             recipe = RTN(self.scheme)
             params = quantize(model.f, params, recipe, example=model.example)
+        if self.training.precision is not None:
+            params = computing(params, self.training.precision)
         f_lora, adapters = lora(
             model.f,
             params,

@@ -1,6 +1,7 @@
 """`qjax qat`: train a model quantized, and save it as `qjax quantize` does."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import tyro
 
-from qjax.commands.inputs import Model, open_model
+from qjax.commands.inputs import Model, computing, open_model
 from qjax.commands.output import wide_console
 from qjax.commands.quantize import shell_files
 from qjax.commands.training import TrainingOptions, run_training
@@ -72,13 +73,14 @@ class TrainQuantized:
         model = open_model(self.model, in_float=True)
         teacher = self.open_teacher(model)
         data, optimiser = self.rows(model, teacher), self.training.optimiser()
+        seen = partial(self.training.computing, stored=model.params)
         f_qat, qstate = fake_quantize(
-            model.f, model.params, step, example=model.example
+            model.f, seen(model.params), step, example=model.example
         )
 
         def run(trained: Any, observed: Any, tokens: Any, key: Any) -> Any:
             own = replace(qstate, trained=trained["qstate"], observed=observed)
-            return f_qat(trained["params"], own, tokens, key=key)
+            return f_qat(seen(trained["params"]), own, tokens, key=key)
 
         def loss(trained: Any, observed: Any, tokens: Any, key: Any, known: Any) -> Any:
             logits, after = run(trained, observed, tokens, key)
@@ -91,7 +93,8 @@ class TrainQuantized:
             logits, _ = run(state.trained, state.carried, tokens, None)
             return next_token_loss(logits, tokens)
 
-        trained = {"params": model.params, "qstate": qstate.trained}
+        start = computing(model.params, "float32")
+        trained = {"params": start, "qstate": qstate.trained}
         state = run_training(
             self.training,
             self.out,
@@ -100,12 +103,12 @@ class TrainQuantized:
             begin(trained, optimiser, qstate.observed),
             held_out_loss,
             data,
-            (None if teacher is None else teacher.params,),
+            (None if teacher is None else self.known(teacher),),
         )
         done = replace(qstate, trained=state.trained["qstate"], observed=state.carried)
         save(
             self.out,
-            finalize(state.trained["params"], done),
+            finalize(seen(state.trained["params"]), done),
             metadata={
                 "model": model.name,
                 "scan_layers": model.scan_layers,
@@ -115,6 +118,10 @@ class TrainQuantized:
             overwrite=self.overwrite,
         )
         wide_console().print(f"wrote {self.out}")
+
+    def known(self, teacher: Model) -> Any:
+        """The teacher's parameters as the forward pass sees them."""
+        return self.training.computing(teacher.params, teacher.params)
 
     def open_teacher(self, model: Model) -> Model | None:
         """The model whose logits are learned.

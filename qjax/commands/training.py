@@ -1,7 +1,7 @@
 """What training subcommands take: a text, a schedule, and a folder for the run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from qjax.commands.inputs import Model, TextOptions
+from qjax.commands.inputs import Dtype, Model, TextOptions, computing
 from qjax.commands.output import wide_console
 from qjax.data import encode_text, windows
 from qjax.plots import loss_plot
 from qjax.train.loop import read_metrics, run_job
+from qjax.train.offload import offloaded
+from qjax.train.sharded import batch_sharding, shardings, training_mesh
 from qjax.train.step import TrainState
 
 
@@ -40,6 +43,15 @@ class TrainingOptions:
     """Of AdamW."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    precision: Dtype | None = None
+    """What the forward and backward pass compute in (None: what the parameters are
+    stored in). What is trained and AdamW's moments are float32 always."""
+    offload: bool = False
+    """Keep AdamW's moments in the host's memory between steps."""
+    data_parallel: int = 1
+    """Devices among which batches are shared, beside those of --fsdp."""
+    fsdp: int = 1
+    """Devices among which parameters, AdamW's moments and batches are shared."""
     held_out: int = 16
     """Windows at the end of the text that are not trained on."""
     eval_every: int = 50
@@ -60,6 +72,26 @@ class TrainingOptions:
         """Of everything drawn at random."""
         return jax.random.key(self.seed)
 
+    def computing(self, params: Any, stored: Any) -> Any:
+        """Parameters as the forward pass sees them; `stored` are the model's."""
+        if self.precision is not None:
+            return computing(params, self.precision)
+        return jax.tree.map(lambda x, own: x.astype(own.dtype), params, stored)
+
+    def mesh(self) -> Mesh | None:
+        """The devices; None for one.
+
+        Raises:
+          ValueError: there are not so many, or they do not divide a batch.
+        """
+        mesh = training_mesh(self.data_parallel, self.fsdp)
+        if mesh is not None and self.batch % mesh.size:
+            raise ValueError(
+                f"--batch is {self.batch}, which {mesh.size} devices cannot share "
+                f"evenly: give a multiple of {mesh.size}"
+            )
+        return mesh
+
     def optimiser(self) -> optax.GradientTransformation:
         """AdamW with its schedule."""
         self._check()
@@ -68,7 +100,8 @@ class TrainingOptions:
             0.0, self.learning_rate, warm, max(self.steps, warm + 1)
         )
         adamw = optax.adamw(schedule, weight_decay=self.weight_decay)
-        return optax.chain(optax.clip_by_global_norm(self.clip), adamw)
+        whole = optax.chain(optax.clip_by_global_norm(self.clip), adamw)
+        return offloaded(whole) if self.offload else whole
 
     def _check(self) -> None:
         for name in ("length", "batch", "accumulate", "steps", "held_out"):
@@ -127,18 +160,32 @@ def run_training(
       frozen: further arguments of `step` and `held_out_loss`.
     """
     rows, held = data
-    jitted, measure = jax.jit(step, donate_argnums=0), jax.jit(held_out_loss)
-    key, folder = options.key(), options.folder(out)
+    mesh, key, folder = options.mesh(), options.key(), options.folder(out)
+    # The start is given away to the first step; parameters are still the model's.
+    state = replace(state, trained=jax.tree.map(jnp.copy, state.trained))
+    measure = jax.jit(held_out_loss)
+    if mesh is None:
+        jitted = jax.jit(step, donate_argnums=0)
+    else:
+        where = shardings(state, mesh)
+        state = jax.device_put(state, where)
+        frozen = jax.device_put(frozen, shardings(frozen, mesh))
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+    def placed(tokens: Any, axis: int) -> Any:
+        if mesh is None:
+            return jnp.asarray(tokens)
+        where = batch_sharding(mesh, tokens.shape[axis], axis)
+        return jax.device_put(tokens, where)
 
     def once(state: TrainState, number: int) -> tuple[TrainState, Any]:
-        batches = jnp.asarray(options.batches(rows, number))
-        return jitted(state, batches, key, *frozen)
+        return jitted(state, placed(options.batches(rows, number), 1), key, *frozen)
 
     def evaluate(state: TrainState) -> float:
         parts = [
             held[i : i + options.batch] for i in range(0, len(held), options.batch)
         ]
-        losses = [float(measure(state, jnp.asarray(p), *frozen)) for p in parts]
+        losses = [float(measure(state, placed(p, 0), *frozen)) for p in parts]
         return float(np.average(losses, weights=[len(p) for p in parts]))
 
     console = wide_console()
@@ -147,8 +194,6 @@ def run_training(
         if "held_out_loss" in line:
             console.print(f"step {line['step']}: held-out {line['held_out_loss']:.4f}")
 
-    # The start is given away to the first step; parameters are still the model's.
-    state = jax.tree.map(jnp.copy, state)
     state = run_job(
         once,
         state,

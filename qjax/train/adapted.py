@@ -10,8 +10,10 @@ from qjax.core.carrier import Carrier
 from qjax.core.layout import Layout
 from qjax.core.pytrees import register
 from qjax.core.qtensor import QTensor
+from qjax.ops import how
+from qjax.ops.frozen import frozen_matmul, takes
 from qjax.trace import compat
-from qjax.trace.apply import low_bit, other_axes
+from qjax.trace.apply import low_bit, other_axes, refusal
 from qjax.trace.contractions import Call
 from qjax.trace.views import Tracked, as_array
 
@@ -129,7 +131,7 @@ def _frozen(
     leaf = weight.value
     if isinstance(leaf.base, QTensor):
         alone = replace(weight, value=leaf.base)
-        y, runs = low_bit(eqn, call, alone, operands, site)
+        y, runs = _low_bit(eqn, call, alone, operands, site)
         array = None if y is not None else alone.array()
     else:
         y, runs = None, "float"
@@ -138,6 +140,24 @@ def _frozen(
         given = [array if x is weight else as_array(x) for x in operands]
         y = compat.bind(eqn, given)[0]
     return y, runs
+
+
+def _low_bit(
+    eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int
+) -> tuple[Any, str]:
+    """`low_bit`, piece by piece where the leaf is nothing but codes."""
+    q = weight.value
+    if call.kind != "dot" or refusal(q, weight, call) or not takes(q, site):
+        return low_bit(eqn, call, weight, operands, site)
+    y = frozen_matmul(
+        call.matrix(operands[call.operand]),
+        q,
+        site=site,
+        dtype=eqn.outvars[0].aval.dtype,
+        weight_dtype=weight.dtype,
+        precision=eqn.params["precision"],
+    )
+    return call.finish(y), f"low-bit: {how(q, site)}"
 
 
 def _ragged(leaf: Adapted, x: jax.Array, group_sizes: Any) -> jax.Array:

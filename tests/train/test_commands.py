@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -113,6 +115,29 @@ def test_finetune_writes_a_peft_folder(model, text, tmp_path, capsys):
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     assert tensors[name].shape == (32, 4) and np.any(tensors[name])
     assert losses(tmp_path / "adapter.run")[-1] < losses(tmp_path / "adapter.run")[0]
+
+
+def test_a_mesh_and_a_precision(model, text, tmp_path, capsys):
+    """On four devices the losses of one; in bfloat16 what is trained stays float32."""
+    options = ["--scheme=NF4_DQ", "--rank=4", f"--text={text}", *TRAINING]
+    found = []
+    for name, mesh in (("a", []), ("b", ["--fsdp=2", "--data-parallel=2"])):
+        code, printed = run(capsys, "finetune", model, tmp_path / name, *options, *mesh)
+        assert code == 0, printed.err
+        found.append(losses(tmp_path / f"{name}.run"))
+    np.testing.assert_allclose(*found, rtol=2e-4)
+    options = ["--precision=bfloat16", "--method=lsq", f"--text={text}", *TRAINING]
+    code, printed = run(capsys, "qat", model, tmp_path / "c", *options)
+    assert code == 0, printed.err
+    folder = tmp_path / "c.run" / "step-00000006" / "arrays"
+    found = ocp.StandardCheckpointer().metadata(folder)
+    arrays = jax.tree.leaves(getattr(found, "item_metadata", found))
+    assert {str(x.dtype) for x in arrays} == {"float32", "int32"}
+    params = open_model(str(tmp_path / "c")).params
+    assert params["norm"]["scale"].dtype == "bfloat16"
+    assert losses(tmp_path / "c.run")[-1] < losses(tmp_path / "c.run")[0]
+    code, printed = run(capsys, "qat", model, tmp_path / "d", *options, "--fsdp=3")
+    assert code == 1 and "which 3 devices cannot share evenly" in printed.err
 
 
 def test_errors_are_sentences(model, text, tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 
 import qjax
 from qjax.core.formats import Codebook
+from qjax.trace import compat
 from qjax.train.initialise import best_rank
 
 K, H, N, L, M, R = 64, 128, 64, 3, 6, 4
@@ -156,6 +157,49 @@ def test_no_float_weight_is_kept_for_the_backward_pass(case, recipe):
         x for x in kept if jnp.issubdtype(x.dtype, jnp.floating) and x.size >= K * H
     ]
     assert not weights, [(x.shape, x.dtype) for x in weights]
+
+
+def arrays_in(jaxpr):
+    """Every array that a program makes, its bodies included."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval for v in eqn.outvars if hasattr(v.aval, "shape"))
+        for value in jax.tree.leaves(eqn.params, is_leaf=compat.is_jaxpr):
+            if compat.is_jaxpr(value):
+                yield from arrays_in(compat.body(value)[0])
+
+
+def test_no_pass_makes_a_whole_float_weight():
+    """Neither forward nor backward; `apply` decodes whole ones."""
+    q = quantized(scanned, STACK)
+
+    def largest(gradient, *at):
+        made = arrays_in(jax.make_jaxpr(gradient)(*at).jaxpr)
+        floats = [a for a in made if jnp.issubdtype(a.dtype, jnp.floating)]
+        return max(a.size for a in floats)
+
+    f_lora, adapters = started(scanned, q)
+    mine = jax.grad(lambda a, q: f_lora(a, q, X).sum())
+    # The largest are a layer's adapters, and pieces of a weight.
+    assert largest(mine, adapters, q) <= max(K * H // 8, L * H * R)
+    decoding = jax.grad(lambda x, q: qjax.apply(scanned)(q, x).sum())
+    assert largest(decoding, X, q) == K * H
+
+
+def test_bf16_gradients_are_those_of_the_decoded_model_to_its_rounding():
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), STACK)
+    q, x = quantized(scanned, narrow), X.astype(jnp.bfloat16)
+    f_lora, adapters = started(scanned, q)
+
+    @jax.jit
+    @jax.grad
+    def gradient(adapters, params):
+        return jnp.mean((f_lora(adapters, params, x) - 1) ** 2)
+
+    got, want = (gradient(adapters, p) for p in (q, qjax.dequantize(q)))
+    for path, leaf in got.leaves.items():
+        for name, g in leaf.items():
+            exact = want.leaves[path][name]
+            assert jnp.linalg.norm(g - exact) <= 2**-7 * jnp.linalg.norm(exact)
 
 
 def without_remat(p, x):

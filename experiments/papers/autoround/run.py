@@ -2,9 +2,10 @@
 
     python experiments/papers/autoround/run.py --all
 
-Every row is one process: AutoRound, GPTQ or RTN on the bundled model, with the tokens
-of `experiments/papers/ptq/tokens.py`. A seed changes the minibatches of AutoRound and
-the batches of GPTQ, whose sums then differ by their last bit. Rows go to
+AutoRound, GPTQ or RTN on the bundled model, with the tokens of
+`experiments/papers/ptq/tokens.py`, every method and format in a process of its own;
+the first seed's seconds are with compilation. A seed changes the minibatches of
+AutoRound and the batches of GPTQ, whose sums then differ by their last bit. Rows go to
 `results/qjax.jsonl` in the layout of `peer.py`'s.
 """
 
@@ -15,7 +16,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ FORMATS = {
 }
 METHODS = ("autoround", "gptq", "rtn")
 SHOWN = ("perplexity_pydoc", "perplexity_wikitext2", "kl_pydoc", "kl_wikitext2")
+SHOWN += ("seconds", "warm_seconds")
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,20 @@ class Options:
     """Steps for each block."""
     rows: int = 128
     """Calibration rows."""
-    seed: int = 0
-    """Of the minibatches."""
-    all: bool = False
-    """Every method, format and seed, one after the other."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """With --all."""
+    """Of the minibatches; one row each."""
+    seed: int = 0
+    """Of one row."""
+    all: bool = False
+    """Every method and format, one after the other."""
+    formats: tuple[str, ...] = tuple(FORMATS)
+    """With --all: these."""
     model: Path = ROOT / "qjax" / "models" / "tiny_llama"
     """A Hugging Face folder."""
     tokens: Path = ROOT / "runs" / "ptq"
     """Where `tokens.py` put the tokens."""
+    cold: bool = True
+    """Whether the seconds are those of a fresh process, compilation included."""
     out: Path = HERE / "results" / "qjax.jsonl"
     """Where the rows go."""
 
@@ -115,7 +121,8 @@ def measure(options: Options) -> dict[str, Any]:
         progress=False,
     )
     jax.block_until_ready(q)
-    metrics = {"seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    metrics = {"seconds" if options.cold else "warm_seconds": seconds}
     metrics["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for text in ("pydoc", "wikitext2"):
         path = options.tokens / f"{text}.npz"
@@ -146,16 +153,16 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def run_all(options: Options) -> None:
-    """Every row in a process of its own; RTN has no seeds."""
-    for format in FORMATS:
+    """Every method and format in a process of its own; RTN has no seeds."""
+    for format in options.formats:
         for method in METHODS:
-            for seed in options.seeds[: 1 if method == "rtn" else None]:
-                command = [sys.executable, __file__, "--method", method]
-                command += ["--format", format, "--seed", str(seed)]
-                command += ["--iters", str(options.iters), "--rows", str(options.rows)]
-                command += ["--model", str(options.model), "--out", str(options.out)]
-                command += ["--tokens", str(options.tokens)]
-                subprocess.run(command, check=True)
+            seeds = options.seeds[: 1 if method == "rtn" else None]
+            command = [sys.executable, __file__, "--method", method]
+            command += ["--format", format, "--seeds", *map(str, seeds)]
+            command += ["--iters", str(options.iters), "--rows", str(options.rows)]
+            command += ["--model", str(options.model), "--out", str(options.out)]
+            command += ["--tokens", str(options.tokens)]
+            subprocess.run(command, check=True)
 
 
 def main(options: Options) -> None:
@@ -163,9 +170,14 @@ def main(options: Options) -> None:
     if options.all:
         run_all(options)
         return
-    row = measure(options)
+    for number, seed in enumerate(options.seeds):
+        add(options, measure(replace(options, seed=seed, cold=number == 0)))
+
+
+def add(options: Options, row: dict[str, Any]) -> None:
+    """Write a row in place of an earlier one of the same label."""
     shown = {k: round(v, 4) for k, v in row["metrics"].items() if k in SHOWN}
-    print(row["label"], shown, round(row["metrics"]["seconds"], 1), flush=True)
+    print(row["label"], shown, flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if options.out.is_file():
