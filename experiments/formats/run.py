@@ -187,13 +187,14 @@ def _export(row: Row, base: Path, f: Any, params: Any, out: Path) -> None:
         if row.coded_cache:
             f, params = qjax.quantize_cache(f, params, batches)
         qparams = qjax.quantize(f, params, row.recipe, batches, progress=False)
+        expected = logits(f, qparams, ids)
         qjax.export(out, qparams, model=base, format=row.format)
     except (TypeError, ValueError) as error:
         out.mkdir(parents=True)
         (out / "refused.json").write_text(json.dumps({"refused": str(error)}))
         print(out.parent.name, out.name, error, flush=True)
         return
-    np.savez(out / "expected.npz", tokens=ids, logits=logits(f, qparams, ids))
+    np.savez(out / "expected.npz", tokens=ids, logits=expected)
     print("wrote", out.parent.name, out.name, flush=True)
 
 
@@ -208,7 +209,15 @@ def differences(out: Path) -> dict[str, Any]:
 
 
 def loaded(folder: Path) -> dict[str, Any]:
-    """A peer's checkpoint in qjax: the difference, or why it is refused."""
+    """A peer's checkpoint in qjax, kept in `loaded.json`: see `_loaded`."""
+    kept = folder / "loaded.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(_loaded(folder)))
+    return json.loads(kept.read_text())
+
+
+def _loaded(folder: Path) -> dict[str, Any]:
+    """The difference of logits, or why it is refused."""
     with np.load(folder / "logits.npz") as held:
         ids, expected = held["tokens"], held["logits"]
     try:

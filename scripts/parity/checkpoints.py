@@ -69,6 +69,25 @@ def widen(model: Any, folder: Path) -> Any:
     return model
 
 
+LIBRARIES: list[Any] = []  # what is registered lasts as long as these
+
+
+def exact_int8() -> None:
+    """Put `1/127^2` in bitsandbytes' kernel for CPUs in place of its `6.200124e-5`."""
+    import bitsandbytes  # noqa: F401, PLC0415
+
+    if not LIBRARIES:
+        LIBRARIES.append(torch.library.Library("bitsandbytes", "IMPL"))
+        LIBRARIES[0].impl("int8_mm_dequant", _int8_mm_dequant, "CPU")
+
+
+def _int8_mm_dequant(
+    a: Any, row_stats: Any, col_stats: Any, dtype: Any = None, bias: Any = None
+) -> torch.Tensor:
+    y = a * (row_stats.reshape(-1, 1) * col_stats.reshape(1, -1)) * (1 / 127**2)
+    return (y if bias is None else y + bias).to(dtype or torch.float16)
+
+
 def distances(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     """A token's largest difference over the largest logit: median and worst token.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import float_model, keep_logits, write_cases
+from checkpoints import exact_int8, float_model, keep_logits, write_cases
 from hqq.core.quantize import BaseQuantizeConfig
 from hqq.models.hf.base import AutoHQQHFModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -26,6 +26,7 @@ class BitsAndBytes:
 
     def __call__(self, base: str, out: Path) -> None:
         """Quantize, keep the logits, and save."""
+        exact_int8()
         model = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=torch.float32,

@@ -30,7 +30,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 import numpy as np
 import torch
 import transformers
-from checkpoints import distances, in_float32, logits, widen
+from checkpoints import distances, exact_int8, in_float32, logits, widen
 from safetensors.torch import load_file
 
 REPORTED = {
@@ -97,14 +97,8 @@ def _compute_in_float32() -> None:
         from gptqmodel.nn_modules.qlinear import torch_awq  # noqa: PLC0415
 
         torch_awq.AwqTorchLinear.forward = _awq_forward
-    if find_spec("bitsandbytes") is not None and not LIBRARIES:
-        import bitsandbytes  # noqa: F401, PLC0415
-
-        LIBRARIES.append(torch.library.Library("bitsandbytes", "IMPL"))
-        LIBRARIES[0].impl("int8_mm_dequant", _int8_mm_dequant, "CPU")
-
-
-LIBRARIES: list[Any] = []  # what is registered lasts as long as these
+    if find_spec("bitsandbytes") is not None:
+        exact_int8()
 
 
 def _awq_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -116,14 +110,6 @@ def _awq_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     )
     y = x @ weight.to(x.dtype)
     return y if self.bias is None else y + self.bias.to(x.dtype)
-
-
-def _int8_mm_dequant(
-    a: Any, row_stats: Any, col_stats: Any, dtype: Any = None, bias: Any = None
-) -> torch.Tensor:
-    """bitsandbytes' default kernel with `1/127^2` exact."""
-    y = a * (row_stats.reshape(-1, 1) * col_stats.reshape(1, -1)) * (1 / 127**2)
-    return (y if bias is None else y + bias).to(dtype or torch.float16)
 
 
 def by_gptqmodel(folder: Path, tokens: np.ndarray) -> np.ndarray:

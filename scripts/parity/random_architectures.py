@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from checkpoints import tokenizer
 
 SIZES = {
     "vocab_size": 96,
@@ -62,9 +63,10 @@ def random_model(kind: str) -> Any:
 
 
 def main(out: str) -> None:
-    """Write the folders."""
+    """Write the folders, with a tokenizer, which GPTQModel asks for."""
     for kind in KINDS:
         random_model(kind).save_pretrained(Path(out) / kind)
+        tokenizer(str(Path(out) / kind)).save_pretrained(Path(out) / kind)
 
 
 if __name__ == "__main__":
