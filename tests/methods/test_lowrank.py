@@ -144,9 +144,11 @@ def test_loftq_is_between_rounding_and_a_better_start():
 
 
 def test_lplr_fits_the_second_factor_to_the_coded_first():
-    basis = np.float64(encode(W[:, :8], Int(3)).decode())
+    basis = np.float64(encode(jnp.asarray(W[:, :8]), Int(3)).decode())
     expected = np.linalg.lstsq(basis, W, rcond=None)[0]
-    np.testing.assert_allclose(fitted(jnp.float32(basis), W), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        fitted(jnp.float32(basis), jnp.asarray(W)), expected, atol=1e-5
+    )
     fit, plain = (
         solved(qjax.LPLR(rank=0.5, factors=Int(3), refit=refit))
         for refit in (True, False)
