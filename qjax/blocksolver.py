@@ -1,8 +1,9 @@
 """The sites of one block, solved together: gradient descent on the block's output.
 
 A block is a pure function of its leaves and of what enters it. Its quantizable weights
-pass through their method's `fake`, and what the method learns is moved until the output
-on the quantized stream comes near to the full-precision one. All steps are one
+pass through their method's `fake`, inputs of linears are coded where they will be, and
+what the method learns is moved until the output on the quantized stream comes near to
+the full-precision one. All steps are one
 `lax.scan` in one compiled program, which blocks of equal structure share: parameters
 and activations are its arguments.
 """
@@ -268,11 +269,13 @@ def _faked(
         place, layout = plan.sites[i]
         w = method.fake(ws[i], learned[i], progress)
         t_in, coded = chained(moves[i], method.moved(learned[i])), method.activation
-        inside = coded is not None and coded.outliers is None
-        w = w if inside or t_in is None else t_in.left(w)
-        layer = layout.from_matrix(w).astype(leaves[place].dtype)
+        whole = w if t_in is None else t_in.left(w)
+        inner, layer = (
+            layout.from_matrix(each).astype(leaves[place].dtype) for each in (w, whole)
+        )
         acts = SiteActs(t_in=t_in, activation=coded)
-        new[place] = CodingSite(layer, acts) if inside else layer
+        inside = coded is not None and coded.outliers is None
+        new[place] = CodingSite(inner, acts, layer) if inside else layer
     return new
 
 

@@ -5,9 +5,11 @@ Frobenius norm: with `D = 1`, a diagonal, or the root of `E[x x^T]`. By Eckart a
 Young that is the truncated singular value decomposition of `D E`, with `D` undone.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
@@ -71,6 +73,16 @@ def coded_and_best_rank(
         coded = encode((exact - left @ right).astype(w.dtype), format)
         left, right = best_rank(exact - coded.decode(), rank)
     return coded, left, right
+
+
+def each(
+    solve: Callable[[Float[Array, "K N"]], Any], w: Float[Array, "... K N"]
+) -> Any:
+    """`solve` of one matrix after the other: the same bits in stacks of any height."""
+    if w.ndim == 2:
+        return solve(w)
+    found = jax.lax.map(solve, w.reshape(-1, *w.shape[-2:]))
+    return jax.tree.map(lambda x: x.reshape(*w.shape[:-2], *x.shape[1:]), found)
 
 
 def kept(value: Float[Array, "..."], format: Format | None, dtype: Any) -> Any:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32
 
 from qjax.core.coded import Coded
 from qjax.core.formats import Format
-from qjax.core.lowrank import coded_and_best_rank, kept
+from qjax.core.lowrank import coded_and_best_rank, each, kept
 from qjax.methods.base import Solution, positive_integer
 from qjax.methods.reconstruction import check_start
 from qjax.methods.shared import Formatted
@@ -60,6 +60,9 @@ class LoftQ(Formatted):
 
     def solve(self, w: Float[Array, "... K N"], key: Any = None) -> Solution:
         """The coded weight, and the factors beside it."""
+        return each(self._solve, w)
+
+    def _solve(self, w: Float[Array, "K N"]) -> Solution:
         found = coded_and_best_rank(w, self.format, self.rank or 16, self.iters)
         coded, *pair = found
         left, right = (kept(each, self.factors, w.dtype) for each in pair)

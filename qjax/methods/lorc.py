@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Float32
 
-from qjax.core.lowrank import Factors, best_rank
+from qjax.core.lowrank import Factors, best_rank, each
 from qjax.methods.base import Solution
 from qjax.methods.reconstruction import Reconstruction
 
@@ -46,4 +46,4 @@ class LoRC(Reconstruction):
 
     def solve(self, w: Float[Array, "... K N"], key: Any = None) -> Solution:
         """The weight rounded to nearest, and the factors of its error."""
-        return self.nearest(w, {})
+        return each(lambda one: self.nearest(one, {}), w)

@@ -19,18 +19,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qjax.core.formats import Format, Int
-from qjax.core.lowrank import best_rank, kept
+from qjax.core.lowrank import best_rank, each, kept
 from qjax.core.qtensor import Activation
 from qjax.methods.base import Solution, check_patterns, within
 
 _INT8 = Int(8)
 
 
-def fitted(basis: Float[Array, "... K r"], w: Float[Array, "... K N"]) -> Any:
-    """`R[..., r, N]` with `basis @ R` nearest to `w`."""
+def fitted(basis: Float[Array, "K r"], w: Float[Array, "K N"]) -> Any:
+    """`R[r, N]` with `basis @ R` nearest to `w`."""
     q, r = jnp.linalg.qr(basis)
     inverse = jnp.linalg.pinv(r)
-    return inverse @ (jnp.swapaxes(q, -1, -2) @ w)
+    return inverse @ (q.T @ w)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ class LPLR:
 
     def solve(self, w: Float[Array, "... K N"], key: Any = None) -> Solution:
         """The coded factors."""
+        return each(self._solve, w)
+
+    def _solve(self, w: Float[Array, "K N"]) -> Solution:
         exact, rank = w.astype(jnp.float32), self.rank
         if isinstance(rank, float):
             rank = max(int(rank * min(w.shape[-2:])), 1)

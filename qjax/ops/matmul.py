@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qjax.core.coded import Coded
 from qjax.core.formats import Float, Int
-from qjax.core.qtensor import QTensor, SiteActs, factor
+from qjax.core.qtensor import QTensor, SiteActs
 from qjax.core.scales import Grid
 from qjax.ops.activations import (
     CodedInput,
@@ -161,8 +161,9 @@ def _matmul(
         values = [p for p, way in zip(values, ways) if way == "values"]
     terms += [_decoded_product(dot, x, part) for part in values]
     if q.left is not None:
-        inner = jnp.matmul(whole, factor(q.left, x.dtype), precision=precision)
-        terms.append(dot(inner, factor(q.right, x.dtype)))
+        narrow = partial(jnp.matmul, precision=precision)
+        inner = _factor_product(narrow, whole, q.left)
+        terms.append(_factor_product(dot, inner, q.right))
     if q.sparse is not None:
         terms.append(dot(x, q.sparse.dense((q.layout.K, q.layout.N), x.dtype)))
     y = reduce(add, terms)
@@ -183,6 +184,13 @@ def _values(dot: Any, x: Any, acts: SiteActs, part: Coded) -> Any:
 def _values_and_kept(dot: Any, x: Any, kept: Any, acts: SiteActs, part: Coded) -> Any:
     """The same where some features stay in float."""
     return _decoded_product(dot, coded_values(x, acts) + kept, part)
+
+
+def _factor_product(dot: Any, x: Any, factor: Any) -> Any:
+    """The product with a low-rank factor, coded or not."""
+    if isinstance(factor, Coded):
+        return _decoded_product(dot, x, factor)
+    return dot(x, factor.astype(x.dtype))
 
 
 def _decoded_product(dot: Any, x: Any, part: Coded) -> Any:

@@ -115,11 +115,15 @@ def _with_free(tape: Tape, start: int, stop: int, wanted: Any) -> tuple[Op, ...]
 class CodingSite:
     """A layer in float whose site codes its input, while weights are learned.
 
-    `layer` is what `x T_in`, coded, is contracted with.
+    Attributes:
+      inner: what `x T_in`, coded, is contracted with.
+      acts: how the input is coded.
+      layer: `T_in` times it, for what reads the layer otherwise.
     """
 
-    layer: Any
+    inner: Any
     acts: SiteActs
+    layer: Any
 
 
 def evaluate(tape: Tape, segment: Segment, leaves: Any, consts: Any, ins: Any) -> Any:
@@ -146,12 +150,6 @@ def evaluate(tape: Tape, segment: Segment, leaves: Any, consts: Any, ins: Any) -
 def _made(weight: Weight, held: dict[Any, Any]) -> Any:
     layer = held[weight.leaf, weight.index]
     if isinstance(layer, CodingSite):
-        t_in = layer.acts.t_in
-        if t_in is not None:
-            raise ValueError(
-                "a weight that is learned behind a transform of its input is read "
-                "otherwise too; leave it out with ignore"
-            )
         return weight.make(layer.layer)
     return weight.make(layer.dequantize() if isinstance(layer, QTensor) else layer)
 
@@ -176,7 +174,7 @@ def _coding(op: Meeting, leaf: CodingSite, read: Callable[[Any], Any]) -> Any:
     """A weight in float at its site, and its input as it will be coded."""
     x, back = jax.vjp(op.call.matrix, read(op.x))
     x = x if leaf.acts.t_in is None else leaf.acts.t_in(x)
-    given = [op.weight.make(leaf.layer)] * 2
+    given = [op.weight.make(leaf.inner)] * 2
     # The arrangement only moves values, so that its transpose is its inverse.
     given[op.call.operand] = back(coded_values(x, leaf.acts))[0]
     return compat.bind(op.eqn, given)[0]
