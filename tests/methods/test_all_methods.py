@@ -137,8 +137,8 @@ ROWS = {
         (*BAD_RANK, ({"iters": 0}, "LoftQ.iters")),
     ),
     "lplr": Row(
-        LPLR(rank=48, factors=Int(3)),
-        Better(LPLR(rank=48, factors=Int(3), refit=False), power_norm(2), (0.0, 0.97)),
+        LPLR(rank=16, factors=Int(3)),
+        Better(LPLR(rank=16, factors=Int(3), refit=False), power_norm(2), (0.0, 0.995)),
         BAD_LPLR,
     ),
 }
