@@ -1,8 +1,9 @@
 """The sites of one block, solved together: gradient descent on the block's output.
 
 A block is a pure function of its leaves and of what enters it. Its quantizable weights
-pass through their method's `fake`, and what the method learns is moved until the output
-on the quantized stream comes near to the full-precision one. All steps are one
+pass through their method's `fake`, inputs of linears are coded where they will be, and
+what the method learns is moved until the output on the quantized stream comes near to
+the full-precision one. All steps are one
 `lax.scan` in one compiled program, which blocks of equal structure share: parameters
 and activations are its arguments.
 """
@@ -17,12 +18,14 @@ import jax.numpy as jnp
 
 from qjax.core.layout import Layout
 from qjax.core.pytrees import register
+from qjax.core.qtensor import SiteActs
+from qjax.core.transforms import chained
 from qjax.descent import descended
 from qjax.placement import NOWHERE, Placement
 from qjax.sitesolver import Problem, Result
 from qjax.solving import Solved, weight_error
 from qjax.trace.blocks import Block
-from qjax.trace.segments import evaluate
+from qjax.trace.segments import CodingSite, evaluate
 from qjax.trace.stream import Lane, LeafKey, Stream
 
 ALIKE = ("iters", "batch_size", "quantized_input", "keep_best", "summed")
@@ -252,7 +255,7 @@ def optimised(
 
 
 def _numbers(w: Any, found: Any) -> dict[str, Any]:
-    error, norm = weight_error(w, found.parts)
+    error, norm = weight_error(w, found)
     bad = jnp.sum(~jnp.isfinite(w))
     return {"weight_error": error, "weight_norm": norm, "bad_weights": bad}
 
@@ -260,13 +263,19 @@ def _numbers(w: Any, found: Any) -> dict[str, Any]:
 def _faked(
     plan: Plan, leaves: Any, ws: Any, moves: Any, learned: Any, progress: Any
 ) -> list[Any]:
-    """The leaves with the sites' weights as they would be quantized."""
+    """The leaves with the sites' weights, and inputs, as they would be quantized."""
     new = list(leaves)
     for i, method in enumerate(plan.methods):
         place, layout = plan.sites[i]
         w = method.fake(ws[i], learned[i], progress)
-        w = w if moves[i] is None else moves[i].left(w)
-        new[place] = layout.from_matrix(w).astype(leaves[place].dtype)
+        t_in, coded = chained(moves[i], method.moved(learned[i])), method.activation
+        whole = w if t_in is None else t_in.left(w)
+        inner, layer = (
+            layout.from_matrix(each).astype(leaves[place].dtype) for each in (w, whole)
+        )
+        acts = SiteActs(t_in=t_in, activation=coded)
+        inside = coded is not None and coded.outliers is None
+        new[place] = CodingSite(inner, acts, layer) if inside else layer
     return new
 
 

@@ -19,7 +19,10 @@ from qjax.methods import (
     GPTAQ,
     GPTQ,
     HQQ,
+    LPLR,
+    LQER,
     QEP,
+    QERA,
     RPTQ,
     RTN,
     AutoRound,
@@ -28,10 +31,13 @@ from qjax.methods import (
     EfficientQAT,
     IMatrix,
     LLMInt8,
+    LoftQ,
+    LoRC,
     OmniQuant,
     SequentialMSE,
     SimplePTQ,
     SmoothQuant,
+    SVDQuant,
     ZeroQuant,
     ZeroQuantLKD,
 )
@@ -56,6 +62,10 @@ FORMATS: dict[str, Named] = {
     "mxfp4a16": Named("mxfp4a16", "MXFP4", RTN(scheme="MXFP4A16")),
     "nvfp4a16": Named("nvfp4a16", "NVFP4", RTN(scheme="NVFP4A16")),
 }
+# Beside weights: 8 of 256 features, in 8 bits. Its bits count (1 / K + 1 / N) 64.
+RANK, FACTORS = 8, Int(8)
+# The papers' steps take hours on a processor; here all learn for as many.
+ITERS = 200
 # Integer weights in groups, by a method that takes a format.
 INTEGERS: dict[str, tuple[str, Callable[[Int], Any]]] = {
     "rtn": ("RTN", lambda weights: RTN(weights=weights)),
@@ -66,10 +76,24 @@ INTEGERS: dict[str, tuple[str, Callable[[Int], Any]]] = {
     "gptaq": ("GPTAQ", lambda weights: GPTAQ(weights=weights)),
     "autoround": ("AutoRound", lambda weights: AutoRound(weights=weights)),
     "qep": ("QEP", lambda weights: QEP(GPTQ(weights=weights))),
-    "brecq": ("BRECQ", lambda weights: BRECQ(weights=weights)),
-    "omniquant": ("OmniQuant", lambda weights: OmniQuant(weights=weights)),
-    "efficientqat": ("EfficientQAT", lambda weights: EfficientQAT(weights=weights)),
-    "lkd": ("ZeroQuantLKD", lambda weights: ZeroQuantLKD(weights=weights)),
+    "brecq": ("BRECQ", lambda weights: BRECQ(weights=weights, iters=ITERS, lr=0.02)),
+    "omniquant": ("OmniQuant", lambda weights: OmniQuant(weights=weights, iters=ITERS)),
+    "efficientqat": (
+        "EfficientQAT",
+        lambda w: EfficientQAT(weights=w, iters=ITERS, lr=1e-3, weight_lr=5e-4),
+    ),
+    "lkd": (
+        "ZeroQuantLKD",
+        lambda weights: ZeroQuantLKD(weights=weights, iters=ITERS, lr=5e-4),
+    ),
+    "lorc": ("LoRC", lambda w: LoRC(weights=w, rank=RANK, factors=FACTORS)),
+    "lqer": ("LQER", lambda w: LQER(weights=w, rank=RANK, factors=FACTORS)),
+    "qera": ("QERA", lambda w: QERA(weights=w, rank=RANK, factors=FACTORS)),
+    "loftq": ("LoftQ", lambda w: LoftQ(weights=w, rank=RANK, factors=FACTORS)),
+    "gptqera": (
+        "GPTQ and QERA",
+        lambda w: (GPTQ(weights=w), QERA(rank=RANK, factors=FACTORS)),
+    ),
 }
 INTEGER = re.compile(rf"({'|'.join(('hqq', *INTEGERS))})-int(\d+)-g(\d+)")
 
@@ -95,6 +119,12 @@ SPECIAL: dict[str, Named] = {
     ),
     "llm-int8": Named("llm-int8", "LLM.int8()", LLMInt8()),
     "zeroquant": Named("zeroquant", "ZeroQuant W8A8", ZeroQuant()),
+    "lplr": Named("lplr", "LPLR, half the rank in int4", LPLR(0.5, Int(4))),
+    "svdquant-w4a4": Named(
+        "svdquant-w4a4",
+        "SVDQuant W4A4",
+        (SmoothQuant(online=True), SVDQuant(RTN("W4A4"), rank=RANK)),
+    ),
     "mixed-4": Named(
         "mixed-4",
         "MixedPrecision, GPTQ 2 to 8 bits",
@@ -129,7 +159,16 @@ CALIBRATED: tuple[str, ...] = (
         for bits in (4, 3, 2)
     ),
     "W8A8",
-    *SPECIAL,
+    *(name for name in SPECIAL if name not in ("lplr", "svdquant-w4a4")),
+)
+# A low-rank part beside weights in low bits, or alone; `--recipes lowrank`.
+LOWRANK: tuple[str, ...] = (
+    *(
+        f"{method}-int{bits}-g128"
+        for method in ("lorc", "loftq", "lqer", "qera", "gptqera")
+        for bits in (3, 2)
+    ),
+    *("lplr", "W4A4", "svdquant-w4a4"),
 )
 # What is trained block by block, which takes long; `--recipes blockwise`.
 BLOCKWISE: tuple[str, ...] = tuple(
@@ -141,6 +180,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "data-free": COMPARED,
     "calibrated": CALIBRATED,
     "blockwise": BLOCKWISE,
+    "lowrank": LOWRANK,
 }
 
 

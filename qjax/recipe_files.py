@@ -51,7 +51,16 @@ GRANULARITIES: dict[str, tuple[Any, int]] = {
 }
 # Fields in which a bare name stands for an object.
 OBJECTS = frozenset(
-    {"weights", "activations", "format", "granularity", "search", "calibrator", "then"}
+    {
+        "weights",
+        "activations",
+        "factors",
+        "format",
+        "granularity",
+        "search",
+        "calibrator",
+        "then",
+    }
 )
 
 

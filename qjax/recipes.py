@@ -56,12 +56,14 @@ KINDS_OF_STEPS = ("allocate", "transform", "quantize", "repair")
 def kind_of(step: Any) -> str:
     """What a step does: "allocate", "transform", "quantize" or "repair".
 
+    A repair that has formats of its own (`quantizes`) quantizes.
+
     Raises:
         TypeError: it is not a method.
     """
     for kind in ("allocate", "transform", "repair"):
         if hasattr(step, kind) and not isinstance(step, type):
-            return kind
+            return "quantize" if getattr(step, "quantizes", False) else kind
     solves = hasattr(step, "solve") or hasattr(step, "solve_site")
     if isinstance(step, type) or not solves:
         raise TypeError(f"a recipe holds methods such as RTN() or HQQ(), got {step!r}")

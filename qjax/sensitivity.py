@@ -27,6 +27,7 @@ from qjax.core.lazy import LazyLeaf
 from qjax.core.qtensor import is_quantized
 from qjax.core.statistics import Hessian
 from qjax.leaves import Leaves
+from qjax.methods.base import solution_of
 from qjax.solving import Job
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.program import Program, is_arraylike, trace
@@ -76,8 +77,7 @@ class Question:
 def rounded(method: Any, w: Any) -> Any:
     """`Q` of `w[..., K, N]`, float32; a method that needs data rounds to nearest."""
     if hasattr(method, "solve"):
-        parts = method.solve(w)
-        return sum((p.decode(jnp.float32) for p in parts), start=jnp.float32(0))
+        return solution_of(method.solve(w)).decoded()
     grid = method.format.fit(w)
     return method.format.from_codes(method.format.to_codes(w, grid), grid)
 

@@ -24,7 +24,7 @@ from qjax.core.statistics import (
     SecondMoment,
     Statistic,
 )
-from qjax.methods.base import Solution
+from qjax.methods.base import Solution, solution_of
 from qjax.placement import NOWHERE, Placement
 from qjax.solving import Solved, site_key, weight_error
 from qjax.trace.rows import Seen, finalized
@@ -246,7 +246,7 @@ def _solve_matrices(
 def _one(method: Any, w: Any, stats: Mapping[str, Any], key: Any) -> Solution:
     if hasattr(method, "solve_site"):
         return method.solve_site(w, stats, key)
-    return Solution(method.solve(w, key))
+    return solution_of(method.solve(w, key))
 
 
 def named(step: Any, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,7 +300,7 @@ def _finished(
         solution = repair.repair(w, solution, named(repair, found))
     exact = w.astype(jnp.float32)
     importance = found.get(repr(Hessian()), found.get(repr(SecondMoment())))
-    errors = weight_error(w, solution.parts)
+    errors = weight_error(w, solution)
     some = slice(None, None, max(1, w.shape[-1] // MEASURED_OUTPUTS))
     compared = (exact - _nearest(method, w), exact - solution.decoded(), exact)
     before, after, norm = (

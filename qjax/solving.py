@@ -18,12 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qjax.core.coded import Coded
 from qjax.core.layout import Layout
 from qjax.core.pytrees import register
 from qjax.core.qtensor import QTensor, SiteActs
 from qjax.core.transforms import chained
-from qjax.methods.base import Solution
+from qjax.methods.base import Solution, solution_of
 
 BATCH_BYTES = 2**28
 MOST_SLICES = 64  # each slice of a chunk is an argument of the compiled program
@@ -194,15 +193,15 @@ def _non_finite(w: Float[Array, "... K N"]) -> Int[Array, "..."]:
 def solve_chunk(method: Any, slices: Sequence[Any], keys: Any) -> tuple[Any, Any, Any]:
     """What was solved `[chunk, ...]`, squared error and norm of each slice."""
     w = jnp.stack(slices)
-    parts = jax.vmap(method.solve)(w, keys) if method.random else method.solve(w)
-    return Solved(Solution(parts)), *weight_error(w, parts)
+    found = jax.vmap(method.solve)(w, keys) if method.random else method.solve(w)
+    solution = solution_of(found)
+    return Solved(solution), *weight_error(w, solution)
 
 
-def weight_error(w: Float[Array, "... K N"], parts: Sequence[Coded]) -> Any:
+def weight_error(w: Float[Array, "... K N"], solution: Solution) -> Any:
     """Squared Frobenius error and norm of each slice."""
     exact = w.astype(jnp.float32)
-    decoded = sum((part.decode(jnp.float32) for part in parts), start=np.float32(0))
-    error = jnp.sum(jnp.square(exact - decoded), axis=(-2, -1))
+    error = jnp.sum(jnp.square(exact - solution.decoded()), axis=(-2, -1))
     return error, jnp.sum(jnp.square(exact), axis=(-2, -1))
 
 

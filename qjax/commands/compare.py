@@ -50,7 +50,7 @@ class Compare:
     """A local Hugging Face folder, a hub id, or "bundled" (a 7M-parameter Llama)."""
     recipes: tuple[str, ...] = COMPARED
     """Short names, such as hqq-int3-g128 or nf4, schemes, such as W4A16, "data-free",
-    "calibrated" or "blockwise": all of a kind."""
+    "calibrated", "blockwise" or "lowrank": all of a kind."""
     text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
     calibration: CalibrationText = field(default_factory=CalibrationText)
     dtype: Dtype = "float32"

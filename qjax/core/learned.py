@@ -6,7 +6,6 @@ are those that are stored, so that a weight has one value while it is learned an
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
@@ -24,11 +23,11 @@ def clipped_grid(
     """The grid of ranges multiplied by `low` and `high`, and its zeros as float32.
 
     Args:
-      w: the weights, of which there is no gradient.
+      w: the weights.
       low, high: factors `[..., Gk, Gn]` on the smallest and largest weight of blocks.
       format: any integer format.
     """
-    bottom, top = block_range(jax.lax.stop_gradient(w), format.granularity, MINMAX)
+    bottom, top = block_range(w, format.granularity, MINMAX)
     bottom, top = bottom * low, top * high
     grid = format.grid_of(bottom, top, scale_type(format.scale_dtype, w))
     if format.symmetric:

@@ -1,7 +1,8 @@
 """Linear maps around a quantized weight: `W = T_in Q T_out`.
 
 A transform stands for a square matrix `T`, stored as it is applied to activations:
-`t(x)` is `x @ T` for `x[..., M, K]`, and `t.left(w)` is `T @ w` for `w[..., K, N]`.
+`t(x)` is `x @ T` for `x[..., M, K]`, `t.left(w)` is `T @ w` for `w[..., K, N]`, and
+`t.undone(w)` is `T^-1 @ w`.
 Leading axes of the children (layers, experts) line up with those of the operand.
 """
 
@@ -62,6 +63,10 @@ class Diagonal:
         """`T @ w`."""
         return w * self.scale.astype(w.dtype)[..., :, None]
 
+    def undone(self, w: Any) -> Any:
+        """`T^-1 @ w`."""
+        return w / self.scale.astype(w.dtype)[..., :, None]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -79,6 +84,10 @@ class Permutation:
         inverse = jnp.argsort(self.index, axis=-1)
         return jnp.take_along_axis(w, inverse[..., :, None], axis=-2)
 
+    def undone(self, w: Any) -> Any:
+        """`T^-1 @ w`."""
+        return jnp.take_along_axis(w, self.index[..., :, None], axis=-2)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -95,6 +104,11 @@ class Hadamard:
         """`T @ w`."""
         rotated = _swap(walsh_hadamard(_swap(w)))
         return rotated * self.signs.astype(w.dtype)[..., :, None]
+
+    def undone(self, w: Any) -> Any:
+        """`T^-1 @ w`."""
+        signed = w * self.signs.astype(w.dtype)[..., :, None]
+        return _swap(walsh_hadamard(_swap(signed)))
 
 
 @jax.tree_util.register_dataclass
@@ -116,6 +130,10 @@ class Kronecker:
         """`T @ w`."""
         return _swap(Kronecker(_swap(self.a), _swap(self.b))(_swap(w)))
 
+    def undone(self, w: Any) -> Any:
+        """`T^-1 @ w`."""
+        return Kronecker(jnp.linalg.inv(self.a), jnp.linalg.inv(self.b)).left(w)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -132,6 +150,10 @@ class Dense:
         """`T @ w`."""
         return self.matrix.astype(w.dtype) @ w
 
+    def undone(self, w: Any) -> Any:
+        """`T^-1 @ w`."""
+        return jnp.linalg.solve(self.matrix.astype(w.dtype), w)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -147,6 +169,10 @@ class Chain:
     def left(self, w: Any) -> Any:
         """`T @ w`."""
         return reduce(lambda v, t: t.left(v), reversed(self.transforms), w)
+
+    def undone(self, w: Any) -> Any:
+        """`T^-1 @ w`."""
+        return reduce(lambda v, t: t.undone(v), self.transforms, w)
 
 
 def chained(*transforms: Any) -> Any:

@@ -12,13 +12,19 @@ from qjax.methods.gptq import GPTQ
 from qjax.methods.hqq import HQQ
 from qjax.methods.imatrix import IMatrix
 from qjax.methods.llm_int8 import LLMInt8
+from qjax.methods.loftq import LoftQ
+from qjax.methods.lorc import LoRC
+from qjax.methods.lplr import LPLR
+from qjax.methods.lqer import LQER
 from qjax.methods.omniquant import OmniQuant
 from qjax.methods.qep import QEP
+from qjax.methods.qera import QERA
 from qjax.methods.rptq import RPTQ
 from qjax.methods.rtn import RTN
 from qjax.methods.sequential_mse import SequentialMSE
 from qjax.methods.simple_ptq import SimplePTQ
 from qjax.methods.smoothquant import SmoothQuant
+from qjax.methods.svdquant import SVDQuant
 from qjax.methods.zeroquant import ZeroQuant
 from qjax.methods.zeroquant_lkd import ZeroQuantLKD
 
@@ -42,6 +48,12 @@ METHODS = (
     OmniQuant,
     EfficientQAT,
     ZeroQuantLKD,
+    LoftQ,
+    LPLR,
+    SVDQuant,
+    LoRC,
+    LQER,
+    QERA,
     BiasCorrection,
     CrossLayerEqualization,
 )
@@ -53,8 +65,11 @@ __all__ = [
     "GPTAQ",
     "GPTQ",
     "HQQ",
+    "LPLR",
+    "LQER",
     "METHODS",
     "QEP",
+    "QERA",
     "RPTQ",
     "RTN",
     "AutoRound",
@@ -63,7 +78,10 @@ __all__ = [
     "EfficientQAT",
     "IMatrix",
     "LLMInt8",
+    "LoRC",
+    "LoftQ",
     "OmniQuant",
+    "SVDQuant",
     "SequentialMSE",
     "SimplePTQ",
     "SmoothQuant",

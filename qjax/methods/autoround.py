@@ -16,8 +16,8 @@ the smallest loss.
 Written from the paper and checked against auto-round 0.15.1. As there, the loss is that
 of a step's minibatch, nothing but the falling steps bounds `V` (to 0.5 in total), and
 symmetric schemes have one scale for the full range, of the sign that gives the largest
-weight the lowest code. Differences: the last token of a sequence counts like every
-other, and activations stay in float while weights are learned.
+weight the lowest code. Difference: the last token of a sequence counts like every
+other.
 """
 
 from dataclasses import KW_ONLY, dataclass, replace

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -41,8 +43,10 @@ class DataFree(Protocol):
         """Whether `solve` draws random numbers, and so needs a key."""
         ...
 
-    def solve(self, w: Float[Array, "... K N"], key: Any = None) -> tuple[Coded, ...]:
-        """The coded parts whose sum stands for `w`; pure, and may be jitted."""
+    def solve(
+        self, w: Float[Array, "... K N"], key: Any = None
+    ) -> "tuple[Coded, ...] | Solution":
+        """What stands for `w`: coded parts, or a solution; pure, and may be jitted."""
         ...
 
 
@@ -66,14 +70,13 @@ class Solution:
     scale: Any = None
     zero: Any = None
 
-    def decoded(self) -> Float32[Array, "K N"]:
+    def decoded(self) -> Float32[Array, "... K N"]:
         """The weight that it stands for; the bias is not part of it."""
         terms = [part.decode(jnp.float32) for part in self.parts]
-        total = sum(terms, start=jnp.zeros(self.parts[0].shape, jnp.float32))
         if self.left is not None:
-            total = total + factor(self.left, jnp.float32) @ factor(
-                self.right, jnp.float32
-            )
+            pair = (factor(each, jnp.float32) for each in (self.left, self.right))
+            terms.append(jnp.matmul(*pair, precision="highest"))
+        total = reduce(add, terms)
         if self.sparse is not None:
             total = total + self.sparse.dense(total.shape, jnp.float32)
         return total if self.t_in is None else self.t_in.left(total)
@@ -83,6 +86,11 @@ register(
     Solution,
     ("parts", "t_in", "left", "right", "sparse", "bias", "notes", "scale", "zero"),
 )
+
+
+def solution_of(found: tuple[Coded, ...] | Solution) -> Solution:
+    """What a data-free method found, as a solution."""
+    return found if isinstance(found, Solution) else Solution(found)
 
 
 @runtime_checkable

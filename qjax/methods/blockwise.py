@@ -85,6 +85,8 @@ class Blockwise(Formatted):
     ) -> Float[Array, "... K N"]:
         """The weight as it is quantized, differentiable in `trained`.
 
+        What its input is multiplied by, if anything, is `moved`.
+
         `progress` is the share of the steps that are done, in [0, 1].
         """
 
@@ -95,6 +97,9 @@ class Blockwise(Formatted):
     @abstractmethod
     def finish(self, w: Float[Array, "... K N"], trained: Trained) -> Solution:
         """The coded weight."""
+
+    def moved(self, trained: Trained) -> Any:
+        """The learned transform of the site's input, before which `fake` stands."""
 
     def project(self, trained: Trained) -> Trained:
         """What is learned, brought back into its range after a step."""

@@ -7,7 +7,7 @@ points of a block are trained together on the mean squared error of its output:
 
 with rounding passed straight through, so that clipped weights have no gradient of their
 own, and the scale that of its codes. The first phase of the paper; the second trains
-the scales of all blocks end to end (`qjax.fake_quantize`).
+the scales of all blocks end to end (`qjax.scales_of`).
 
 Written from the paper. Learning rates fall along a cosine to a twentieth.
 """

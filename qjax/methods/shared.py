@@ -21,6 +21,7 @@ from qjax.methods.base import (
     Solution,
     check_patterns,
     positive_integer,
+    solution_of,
     within,
 )
 from qjax.schemes import Scheme, scheme
@@ -205,4 +206,4 @@ class Around:
         """What `then` makes of `w`."""
         if isinstance(self.then, Calibrated):
             return self.then.solve_site(w, stats, key)
-        return Solution(self.then.solve(w, key))
+        return solution_of(self.then.solve(w, key))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qjax.core.coded import Coded
 from qjax.core.formats import Float, Int
-from qjax.core.qtensor import QTensor, SiteActs, factor
+from qjax.core.qtensor import QTensor, SiteActs
 from qjax.core.scales import Grid
 from qjax.ops.activations import (
     CodedInput,
@@ -39,6 +39,8 @@ def matmul(
     target: Target | None = None,
 ) -> jax.Array:
     """`y = ((x T_in) @ (sum Q_i + L R + S)) T_out + b`.
+
+    An input that is coded meets `Q_i` and `S` as its codes say, and `L R` as it is.
 
     Args:
       x: `[*batch, M, K]`; the batch axes are those of `q.lead`.
@@ -103,15 +105,16 @@ def how(q: QTensor, site: int = 0) -> str:
     """In words, how the site contracts: `int4 g128 x int8 channel in int32`."""
     activation = q.site(site).activation
     names = " + ".join(part.format.name for part in q.parts) or "low rank"
+    branch = "" if q.left is None or not q.parts else ", low rank beside it in float"
     if activation is None:
-        return f"{names}, float activations"
+        return f"{names}, float activations{branch}"
     ways = {contraction(part.format, activation.format) for part in q.parts}
     accumulator = {"int": "in int32", "float8": "in float8", "values": "as floats"}
     kind = "dynamic" if activation.dynamic else "static"
     into = ", ".join(sorted(accumulator[w] for w in ways))
     kept = activation.outliers
     beside = "" if kept is None else f", features from {kept:g} on in float"
-    return f"{names} x {activation.format.name} {kind} {into}{beside}"
+    return f"{names} x {activation.format.name} {kind} {into}{beside}{branch}"
 
 
 def _matmul(
@@ -124,7 +127,7 @@ def _matmul(
     turning: str | None,
 ) -> Any:
     acts = q.site(site)
-    x = x if acts.t_in is None else turned(x, acts.t_in, turning)
+    x = whole = x if acts.t_in is None else turned(x, acts.t_in, turning)
     dot = partial(jnp.matmul, precision=precision, preferred_element_type=dtype)
     values_of = partial(_values, dot)
     on_kernel = [(p, c.generation) for p, c in zip(q.parts, chosen) if c.generation]
@@ -165,8 +168,9 @@ def _matmul(
         values = [p for p, way in zip(values, ways) if way == "values"]
     terms += [_decoded_product(dot, x, part) for part in values]
     if q.left is not None:
-        inner = jnp.matmul(x, factor(q.left, x.dtype), precision=precision)
-        terms.append(dot(inner, factor(q.right, x.dtype)))
+        narrow = partial(jnp.matmul, precision=precision)
+        inner = _factor_product(narrow, whole, q.left)
+        terms.append(_factor_product(dot, inner, q.right))
     if q.sparse is not None:
         terms.append(dot(x, q.sparse.dense((q.layout.K, q.layout.N), x.dtype)))
     y = reduce(add, terms)
@@ -187,6 +191,13 @@ def _values(dot: Any, x: Any, acts: SiteActs, part: Coded) -> Any:
 def _values_and_kept(dot: Any, x: Any, kept: Any, acts: SiteActs, part: Coded) -> Any:
     """The same where some features stay in float."""
     return _decoded_product(dot, coded_values(x, acts) + kept, part)
+
+
+def _factor_product(dot: Any, x: Any, factor: Any) -> Any:
+    """The product with a low-rank factor, coded or not."""
+    if isinstance(factor, Coded):
+        return _decoded_product(dot, x, factor)
+    return dot(x, factor.astype(x.dtype))
 
 
 def _decoded_product(dot: Any, x: Any, part: Coded) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.core.qtensor import QTensor
+from qjax.core.qtensor import QTensor, SiteActs
+from qjax.ops.activations import coded_values
 from qjax.trace import compat
 from qjax.trace.apply import low_bit
 from qjax.trace.control import interpreter
@@ -110,8 +111,26 @@ def _with_free(tape: Tape, start: int, stop: int, wanted: Any) -> tuple[Op, ...]
     return tuple(ops)
 
 
+@dataclass(frozen=True)
+class CodingSite:
+    """A layer in float whose site codes its input, while weights are learned.
+
+    Attributes:
+      inner: what `x T_in`, coded, is contracted with.
+      acts: how the input is coded.
+      layer: `T_in` times it, for what reads the layer otherwise.
+    """
+
+    inner: Any
+    acts: SiteActs
+    layer: Any
+
+
 def evaluate(tape: Tape, segment: Segment, leaves: Any, consts: Any, ins: Any) -> Any:
-    """The segment's outputs; a leaf may be an array, or a QTensor at its site."""
+    """The segment's outputs.
+
+    A leaf may be an array, or at its site a QTensor or a `CodingSite`.
+    """
     held = dict(zip(segment.leaves, leaves))
     env = dict(zip(segment.constants, consts)) | dict(zip(segment.ins, ins))
 
@@ -130,6 +149,8 @@ def evaluate(tape: Tape, segment: Segment, leaves: Any, consts: Any, ins: Any) -
 
 def _made(weight: Weight, held: dict[Any, Any]) -> Any:
     layer = held[weight.leaf, weight.index]
+    if isinstance(layer, CodingSite):
+        return weight.make(layer.layer)
     return weight.make(layer.dequantize() if isinstance(layer, QTensor) else layer)
 
 
@@ -142,9 +163,21 @@ def _outputs(
             y = meet(op, leaf, read(op.x), read)
             if y is not None:
                 return [y]
+        if isinstance(leaf, CodingSite) and op.call.kind == "dot":
+            return [_coding(op, leaf, read)]
     if isinstance(op, Region) and any(isinstance(x, QTensor) for x in held.values()):
         return _entered(op, tape, read, held)
     return compat.bind(op.eqn, [read(x) for x in op.ins])
+
+
+def _coding(op: Meeting, leaf: CodingSite, read: Callable[[Any], Any]) -> Any:
+    """A weight in float at its site, and its input as it will be coded."""
+    x, back = jax.vjp(op.call.matrix, read(op.x))
+    x = x if leaf.acts.t_in is None else leaf.acts.t_in(x)
+    given = [op.weight.make(leaf.inner)] * 2
+    # The arrangement only moves values, so that its transpose is its inverse.
+    given[op.call.operand] = back(coded_values(x, leaf.acts))[0]
+    return compat.bind(op.eqn, given)[0]
 
 
 def _entered(
@@ -157,7 +190,7 @@ def _entered(
         if weight is None:
             return read(x)
         leaf = held[weight.leaf, weight.index]
-        value = leaf if isinstance(leaf, QTensor) else weight.make(leaf)
+        value = leaf if isinstance(leaf, QTensor) else _made(weight, held)
         return Tracked(value, weight.view, weight.leaf, weight.dtype)
 
     atoms = [v for v in op.eqn.invars if not compat.is_literal(v)]

@@ -6,7 +6,6 @@ from qjax.train.dorefa import DoReFa, DoReFaGradients
 from qjax.train.finish import finalize
 from qjax.train.initialise import initialise_lora
 from qjax.train.llm_qat import distillation_loss, generated_rows
-from qjax.train.loftq import LoftQ
 from qjax.train.lora import Adapters, LoRA, lora, merge_lora
 from qjax.train.lsq import LSQ
 from qjax.train.lsq_plus import LSQPlus
@@ -17,17 +16,15 @@ from qjax.train.paretoq import ParetoQ
 from qjax.train.peft import save_peft
 from qjax.train.pissa import PiSSA
 from qjax.train.qat import fake_quantize
-from qjax.train.qera import LQER, QERA
+from qjax.train.scales import scales_of, with_scales
 from qjax.train.state import QAT, QState
 from qjax.train.straight_through import StraightThrough
 from qjax.train.xnor import XNOR
 
 __all__ = [
-    "LQER",
     "LSQ",
     "PACT",
     "QAT",
-    "QERA",
     "XNOR",
     "Adapters",
     "BinaryConnect",
@@ -36,7 +33,6 @@ __all__ = [
     "DoReFaGradients",
     "LSQPlus",
     "LoRA",
-    "LoftQ",
     "Observed",
     "ParetoQ",
     "PiSSA",
@@ -51,4 +47,6 @@ __all__ = [
     "merge_lora",
     "quantize_named",
     "save_peft",
+    "scales_of",
+    "with_scales",
 ]

@@ -121,10 +121,3 @@ def _split(
     if isinstance(base, Coded):
         return QTensor.of(base, place.layout, place.dtype), factors
     return place.layout.from_matrix(base).astype(place.dtype), factors
-
-
-def best_rank(e: Any, rank: int) -> tuple[Any, Any]:
-    """`L[K, r]`, `R[r, N]`: the best product of that rank in the Frobenius norm."""
-    u, s, v = jnp.linalg.svd(e, full_matrices=False)
-    root = jnp.sqrt(s[:rank])
-    return u[:, :rank] * root, root[:, None] * v[:rank]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float32
 
 from qjax.core.coded import encode
 from qjax.core.formats import Format
-from qjax.train.initialise import best_rank
+from qjax.core.lowrank import best_rank
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def test_transform_is_one_matrix_from_both_sides(name):
     x, w = normal(7, 5, K), normal(8, K, N)
     chex.assert_trees_all_close(t(x), x @ matrix, atol=2e-5)
     chex.assert_trees_all_close(t.left(w), matrix @ w, atol=2e-5)
+    chex.assert_trees_all_close(t.undone(w), np.linalg.solve(matrix, w), atol=2e-5)
 
 
 def test_hadamard_is_scipys():

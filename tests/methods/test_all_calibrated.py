@@ -39,7 +39,9 @@ class Row:
 
     @property
     def method(self) -> Any:
-        return self.recipe[0] if isinstance(self.recipe, tuple) else self.recipe
+        """The method that the row is of: a repair, a transform, or what quantizes."""
+        steps = self.recipe if isinstance(self.recipe, tuple) else (self.recipe,)
+        return next((s for s in steps if hasattr(s, "repair")), steps[0])
 
 
 def gptq(**fields: Any) -> Any:
@@ -59,6 +61,7 @@ BAD_AWQ = (
     ({"duo_scaling": "maybe"}, "AWQ.duo_scaling"),
     ({"objective": "model"}, "AWQ.objective"),
 )
+BAD_RANK = (BAD_SCHEME, ({"rank": 0}, "rank must be"))
 BAD_SMOOTH = (({"smoothing_strength": 1.5}, "SmoothQuant.smoothing_strength"),)
 ROWS = {
     "gptq": Row(gptq(), RTN3, 0.9, BAD_GPTQ),
@@ -103,6 +106,24 @@ ROWS = {
     "zeroquant-lkd": Row(
         qjax.ZeroQuantLKD(weights=G32, iters=60, lr=1e-3), RTN3, 0.7,
         (BAD_SCHEME, ({"batch_size": 0}, "batch_size")),
+    ),
+    "lorc": Row((gptq(), qjax.LoRC(rank=4)), gptq(), 0.9, BAD_RANK),
+    # Of one rank, and so of the same bits.
+    "lqer": Row(
+        (gptq(), qjax.LQER(rank=4)), (gptq(), qjax.LoRC(rank=4)), 1.0, BAD_RANK
+    ),
+    "qera": Row(
+        (gptq(), qjax.QERA(rank=4, factors=Int(8))),
+        (gptq(), qjax.LQER(rank=4)), 0.97, BAD_RANK,
+    ),
+    "qera-alone": Row(
+        qjax.QERA(weights=G32, rank=4), qjax.LQER(weights=G32, rank=4), 0.9,
+    ),
+    "svdquant": Row(
+        qjax.SVDQuant(qjax.RTN("W4A4"), rank=4),
+        (qjax.RTN("W4A4"), qjax.LoRC(rank=4)), 0.9,
+        (({"rank": 0, "then": RTN3}, "SVDQuant.rank"),
+         ({"then": qjax.QEP(gptq())}, "a residual"), ({"then": 4}, "then must be")),
     ),
     "rptq": Row(qjax.RPTQ(then=qjax.RTN(weights=Int(4))), qjax.RTN("W4A4"), 0.9),
     "bias-correction": Row((RTN3, qjax.BiasCorrection()), RTN3, 1.0),
@@ -209,22 +230,27 @@ def seen(x, acts):
         top = 2**activation.format.bits - 1
         codes = np.clip(np.round(x[:, order] / scale) + zero, 0, top)
         return ((codes - zero) * scale)[:, back]
-    rule = activation.format.scale_rule
+    rule, half = activation.format.scale_rule, 2 ** (activation.format.bits - 1)
     given = x.astype(np.float16).astype(np.float32) if rule == "float16" else x
     reaches = np.abs(given) >= (activation.outliers or np.inf)
     below = np.abs(np.where(reaches, 0, given)).max(-1, keepdims=True)
-    scale = below / np.float32(127 if rule in ("narrow", "float16") else 127.5)
-    coded = np.clip(np.round(given / scale), -128, 127) * scale
+    scale = below / np.float32(half - (1 if rule in ("narrow", "float16") else 0.5))
+    coded = np.clip(np.round(given / scale), -half, half - 1) * scale
     return np.where(reaches.any(0), x, coded)
 
 
 def reference_linear(x, leaf):
-    """A site of a quantized leaf: coded input, decoded weight, bias."""
+    """A site of a quantized leaf: coded input, decoded weight, factors, bias."""
     acts = leaf.acts[0] if leaf.acts else SiteActs()
     flat_x = np.asarray(x).reshape(-1, x.shape[-1])
+    y = np.float64(0)
     if acts.activation is not None:
+        if leaf.left is not None:  # which see the input before it is coded
+            left, right = (np.asarray(m, np.float64) for m in (leaf.left, leaf.right))
+            y = flat_x.astype(np.float64) @ left @ right
+            leaf = replace(leaf, left=None, right=None)
         flat_x = seen(flat_x, acts).astype(np.float32)
-    y = flat_x.astype(np.float64) @ np.asarray(dequantize(leaf), np.float64)
+    y = y + flat_x.astype(np.float64) @ np.asarray(dequantize(leaf), np.float64)
     y = y if leaf.bias is None else y + np.asarray(leaf.bias, np.float64)
     return jnp.asarray(y.reshape(*x.shape[:-1], -1), jnp.float32)
 
@@ -290,7 +316,7 @@ def test_every_registered_method_has_a_row():
         for row in ROWS.values()
         for step in (row.recipe if isinstance(row.recipe, tuple) else (row.recipe,))
     ]
-    data_free = {qjax.HQQ}  # rows of test_all_methods.py
+    data_free = {qjax.HQQ, qjax.LoftQ, qjax.LPLR}  # rows of test_all_methods.py
     assert {type(step) for step in steps} | data_free == set(METHODS)
 
 

@@ -16,7 +16,8 @@ from qjax.core.formats import MSE, Int, group
 from qjax.core.qtensor import Activation, dequantize, is_quantized
 from qjax.core.ranges import MinMaxRange, MSERange
 from qjax.io.checkpoint import restore, save
-from qjax.methods import HQQ, METHODS, RTN
+from qjax.methods import HQQ, LPLR, METHODS, RTN, LoftQ, LoRC
+from qjax.methods.base import solution_of
 from qjax.quantize import quantize
 from qjax.trace.apply import apply
 from qjax.trace.paths import flatten_with_paths
@@ -74,6 +75,14 @@ BAD_HQQ = (
 )
 
 
+BAD_RANK = (({"rank": 0}, "rank must be"), ({"scheme": "W4A61"}, "unknown scheme"))
+BAD_LPLR = (
+    ({"rank": 1.5}, r"LPLR.rank must be in \(0, 1\]"),
+    ({"targets": 3}, "targets"),
+)
+G64 = Int(3, group(64))
+
+
 def rounding_costs(scheme: str) -> Better:
     """Nearest against stochastic rounding: mean squared error s^2/12 against s^2/6."""
     random = RTN(scheme, rounding="stochastic")
@@ -115,6 +124,23 @@ ROWS = {
     ),
     "hqq-2": Row(HQQ(bits=2), zero_point_pays(2), BAD_HQQ),
     "hqq-4": Row(HQQ(bits=4), zero_point_pays(4), BAD_HQQ),
+    # The factors are bits that rounding alone has not: theirs are the paper's claims.
+    "lorc": Row(
+        LoRC(weights=G64, rank=8),
+        Better(RTN(weights=G64), power_norm(2), (0.0, 0.9)),
+        BAD_RANK,
+    ),
+    # Of one rank, and so of the same bits.
+    "loftq": Row(
+        LoftQ(weights=G64, rank=8),
+        Better(LoRC(weights=G64, rank=8), power_norm(2), (0.0, 0.97)),
+        (*BAD_RANK, ({"iters": 0}, "LoftQ.iters")),
+    ),
+    "lplr": Row(
+        LPLR(rank=16, factors=Int(3)),
+        Better(LPLR(rank=16, factors=Int(3), refit=False), power_norm(2), (0.0, 0.995)),
+        BAD_LPLR,
+    ),
 }
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 weight_only = pytest.mark.parametrize(
@@ -177,6 +203,10 @@ def flat(method, dtype=jnp.float32):
 @cache
 def deep(method, dtype=jnp.float32):
     return run(method, scanned, stack(make(dtype)))
+
+
+def decoded(found):
+    return solution_of(found).decoded()
 
 
 def same(a, b):
@@ -256,7 +286,7 @@ def test_4_scan_equals_unrolled_in_bf16(row):
 def test_5_jit_equals_no_jit(row):
     w = make()["layers"][0]["down"]["kernel"]
     solve = jax.jit(row.method.solve)
-    a, b = (s(w, None)[0].decode(jnp.float32) for s in (row.method.solve, solve))
+    a, b = (decoded(s(w, None)) for s in (row.method.solve, solve))
     step = float(jnp.abs(w).max()) / 2
     assert float(jnp.mean(jnp.abs(a - b) > 1e-6)) < 0.01
     assert float(jnp.abs(a - b).max()) < step
@@ -273,10 +303,8 @@ def test_6_better_than_its_baseline(row):
     key = jax.random.key(1)
 
     def error(method):
-        coded = jax.jit(method.solve)(w, key)
-        return row.better.metric(
-            np.asarray(w), np.asarray(coded[0].decode(jnp.float32))
-        )
+        found = decoded(jax.jit(method.solve)(w, key))
+        return row.better.metric(np.asarray(w), np.asarray(found))
 
     low, high = row.better.margin
     assert low < error(row.method) / error(row.better.baseline) < high
@@ -310,6 +338,10 @@ def test_9_bf16_weights_float32_statistics(row):
     """Codes are those of the same values in float32, scales merely stored shorter."""
     w16 = make(jnp.bfloat16)["layers"][0]["down"]["kernel"]
     formats = {}
+    if isinstance(row.method, (LoftQ, LoRC, LPLR)):
+        with jax.numpy_dtype_promotion("strict"):
+            near_in_float32(jax.jit(row.method.solve), w16)
+        return
     if hasattr(row.method.format, "scale_dtype"):
         short = replace(row.method.format, scale_dtype="bfloat16")
         formats = {
@@ -326,6 +358,15 @@ def test_9_bf16_weights_float32_statistics(row):
     assert same(short, wide)
 
 
+def near_in_float32(solve, w):
+    """Factors and scales are stored shorter, which moves what is coded beside them."""
+    wide = w.astype(jnp.float32)
+    low, high = (decoded(solve(x)) - wide for x in (w, wide))
+    assert float(jnp.linalg.norm(low)) < 1.02 * float(jnp.linalg.norm(high))
+    stored = {x.dtype for x in jax.tree.leaves(solve(w))}
+    assert jnp.dtype("bfloat16") in stored and jnp.dtype("float32") not in stored
+
+
 @rows
 def test_10_bad_hyperparameters_are_named(row):
     for fields, message in row.bad:
@@ -335,7 +376,8 @@ def test_10_bad_hyperparameters_are_named(row):
 
 def test_every_row_is_of_a_registered_method():
     """That each has a row here or there: `test_all_calibrated.py`."""
-    assert {type(row.method) for row in ROWS.values()} == {RTN, HQQ} <= set(METHODS)
+    here = {RTN, HQQ, LoRC, LoftQ, LPLR}
+    assert {type(row.method) for row in ROWS.values()} == here <= set(METHODS)
 
 
 @rows

@@ -11,8 +11,8 @@ import pytest
 
 import qjax
 from qjax.core.formats import Codebook
+from qjax.core.lowrank import best_rank
 from qjax.trace import compat
-from qjax.train.initialise import best_rank
 
 K, H, N, L, M, R = 64, 128, 64, 3, 6, 4
 NF4 = qjax.RTN(weights=Codebook("nf4", double_quant=256))
@@ -283,17 +283,17 @@ def test_starts():
     even, seen = np.eye(K), np.float64(x.T @ x) / len(x)
     e = np.float64(quantized(f, params, qjax.RTN(weights=nf4))["w"].dequantize())
     nearest = ((e - params["w"]) ** 2).sum()
-    once, often = (error(qjax.LoftQ(nf4, iters=i), even) for i in (1, 5))
+    once, often = (error(qjax.LoftQ(weights=nf4, iters=i), even) for i in (1, 5))
     assert often < once < nearest
     assert error(qjax.PiSSA(), even) < 1e-6 * nearest
     assert error(qjax.PiSSA(nf4), even) < nearest
     exact, diagonal, lqer, plain = (
         error(start, seen)
         for start in (
-            qjax.QERA(nf4),
-            qjax.QERA(nf4, exact=False),
-            qjax.LQER(nf4),
-            qjax.LoftQ(nf4, iters=1),
+            qjax.QERA(weights=nf4),
+            qjax.QERA(weights=nf4, exact=False),
+            qjax.LQER(),
+            qjax.LoftQ(iters=1),
         )
     )
     assert exact <= min(diagonal, lqer) and max(diagonal, lqer) < plain
