@@ -39,9 +39,9 @@ class Plan:
     topology: tuple[str, ...] = ("v5e:2x4",)
     """Machines: v5e:2x4, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1, h200, h200:8."""
     batch: tuple[int, ...] = (16,)
-    """Sequences decoded together."""
+    """Sequences decoded together; several are tried at the first --context."""
     context: tuple[int, ...] = (4096,)
-    """Tokens of room for each in the cache."""
+    """Tokens of room for each in the cache; several are tried at the first --batch."""
     prompt: int = 1024
     """Tokens of the prompt of a prefill."""
     steps: tuple[Literal["decode", "prefill"], ...] = ("decode", "prefill")
@@ -77,6 +77,8 @@ class Plan:
           ValueError: a scheme is not known, or a number is out of range.
         """
         names = [serving(name).name for name in self.scheme]
+        loads = [(batch, self.context[0]) for batch in self.batch]
+        loads += [(self.batch[0], context) for context in self.context[1:]]
         found = [
             {
                 "scheme": name,
@@ -85,9 +87,7 @@ class Plan:
                 "prompt": self.prompt,
                 "step": step,
             }
-            for name, batch, context, step in product(
-                names, self.batch, self.context, self.steps
-            )
+            for name, (batch, context), step in product(names, loads, self.steps)
         ]
         for each in found:
             Load(each["step"], each["batch"], each["context"], each["prompt"])

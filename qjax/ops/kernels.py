@@ -13,7 +13,7 @@ from qjax.core.formats import Int, token
 from qjax.core.qtensor import Activation, QTensor, SiteActs
 from qjax.ops.packed import TILES, Packed, whole_zeros
 from qjax.ops.packed import unfit as unfit_packed
-from qjax.ops.sums import has_sums
+from qjax.ops.sums import has_coded_sums, has_sums
 from qjax.ops.targets import Target
 from qjax_kernels.int_matmul import IntWeight, blocks, pallas_gpu
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul
@@ -94,15 +94,13 @@ def _by_xla(
     part: Coded, q: QTensor, site: int, x: Any, target: Target, why: str
 ) -> Choice:
     """XLA, in the form that suits the platform."""
-    whole = q.site(site).activation is None and x.ndim == 2
-    on_tpu = target.platform == "tpu" and whole
-    return Choice(
-        "xla",
-        refused=why,
-        sums=on_tpu and has_sums(part) and not isinstance(part, Packed),
+    if target.platform != "tpu" or x.ndim != 2 or isinstance(part, Packed):
         # A CPU's int8 products are fast for matrices only, not for a few vectors.
-        tokens=8 if target.platform == "cpu" else 1,
-    )
+        return Choice("xla", refused=why, tokens=8 if target.platform == "cpu" else 1)
+    activation = q.site(site).activation
+    coded = activation is not None and has_coded_sums(part, activation)
+    plain = activation is None and has_sums(part)
+    return Choice("xla", refused=why, sums=coded or plain)
 
 
 def unfit(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:

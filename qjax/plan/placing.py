@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qjax.core.qtensor import is_quantized
 from qjax.core.sharding import partition_specs
 from qjax.models.layers import Cache
+from qjax.plan.placed import cut
 from qjax.trace.paths import flatten_with_paths
 
 HEADS, REST = "heads", "rest"
@@ -67,7 +68,7 @@ def _leaf(path: str, leaf: Any, mesh: Mesh) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} on {mesh.size} devices: {error}") from error
     if is_quantized(leaf):
-        arrays, tree = jax.tree.flatten(leaf)
+        arrays, tree = jax.tree.flatten(cut(leaf, wanted) if wanted else leaf)
         each = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
         return jax.tree.unflatten(
             tree, [place(x, s, mesh) for x, s in zip(arrays, each)]

@@ -37,9 +37,10 @@ def summary(programs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     found["memory_GiB"] = max(sizes) / GIB if sizes else None
     for step, program in programs.items():
         found |= _of_step(step, program)
-    times = [p["seconds"] for p in programs.values() if "seconds" in p]
+    for name in ("seconds", "cpu_seconds"):
+        times = [p[name] for p in programs.values() if name in p]
+        found[f"planning_{name}"] = sum(times) if times else None
     peaks = [p["peak_rss_bytes"] for p in programs.values() if "peak_rss_bytes" in p]
-    found["planning_s"] = sum(times) if times else None
     found["planning_peak_MB"] = max(peaks) / 1e6 if peaks else None
     return found
 

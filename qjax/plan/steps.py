@@ -13,10 +13,10 @@ from jaxtyping import Array, Int
 from qjax.ops import Target
 from qjax.plan.layouts import Layout
 from qjax.plan.machines import Machine
+from qjax.plan.placed import apply_placed
 from qjax.plan.placing import make_mesh, place, place_cache, place_params
 from qjax.plan.serving import Serving
 from qjax.plan.shapes import quantized_shapes
-from qjax.trace.apply import apply
 
 STEPS = ("decode", "prefill")
 
@@ -80,7 +80,7 @@ def make_step(
     assert f.init_cache is not None
     cache = jax.eval_shape(partial(f.init_cache, batch, load.context, serving.cache))
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    step = partial(_next, apply(f, target=target(machine)))
+    step = partial(_next, apply_placed(f, target(machine), mesh))
     placed = place_params(params, mesh)
     whole = place(tokens, PartitionSpec(), mesh)
     return Step(step, (placed, place_cache(cache, mesh), whole), donated=(1,))

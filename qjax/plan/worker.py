@@ -48,7 +48,7 @@ def devices_of(target: Machine) -> list[Any]:
 
 def plan(layout: layouts.Layout, target: Machine, devices: Any, job: Any) -> Any:
     """One program: memory of each device, what it does and the limits of its time."""
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     load = Load(job["step"], job["batch"], job["context"], job["prompt"])
     scheme = serving(job["scheme"])
     step = make_step(layout, scheme, target, load, devices)
@@ -62,6 +62,7 @@ def plan(layout: layouts.Layout, target: Machine, devices: Any, job: Any) -> Any
         "cache_bytes": nbytes(per_device(cache)),
         **work(tally, compiled, target, load),
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - used,
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
