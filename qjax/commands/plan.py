@@ -65,6 +65,8 @@ class Plan:
                 total=len(plans),
             )
             records = list(_records(rows, model, place, len(self.steps)))
+            if len(self.batch) * len(self.context) > 1:
+                records = [_with_load(record) for record in records]
             self.save(records, model, place)
             everything += records
         fits = all(record.metrics["fits"] == "yes" for record in everything)
@@ -133,3 +135,9 @@ def _records(
                 found.label, found.config, found.metrics, context, found.series
             )
             programs = {}
+
+
+def _with_load(record: Record) -> Record:
+    """The record, its label with batch and context."""
+    c = record.config
+    return replace(record, label=f"{record.label}, {c['batch']} x {c['context']:,}")
