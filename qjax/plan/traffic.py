@@ -86,8 +86,11 @@ def _moved(module: Module, own: Computation, each: Instruction) -> int | float:
     operands = [own.instructions[name] for name in each.operands]
     if kind == "fusion":
         return _fused(module, each, operands)
-    if kind == "dynamic-slice":
+    if kind in ("dynamic-slice", "slice", "gather"):
         return (each.size if operands[0].in_memory else 0.0) + each.in_memory
+    if kind in ("slice-start", "dynamic-slice-start"):
+        source, made = each.shapes[:2]
+        return sum(made.size for s in (source, made) if s.space == 0)
     if kind == "dynamic-update-slice":
         update = operands[1]
         return update.in_memory + (update.size if each.in_memory else 0.0)
