@@ -50,8 +50,11 @@ def spec(path: str, ndim: int) -> PartitionSpec:
 def place_params(params: Any, mesh: Mesh) -> Any:
     """Shapes with their shardings; a QTensor's arrays follow from the leaf's spec.
 
+    A float leaf that does not split evenly, such as the embedding of an odd vocabulary,
+    is whole on every device.
+
     Raises:
-      ValueError: a leaf cannot be cut into so many parts; the message names it.
+      ValueError: a quantized leaf cannot be cut into so many parts.
     """
     named = flatten_with_paths(params)
     placed = [_leaf(path, leaf, mesh) for path, leaf in named]
@@ -73,17 +76,13 @@ def _leaf(path: str, leaf: Any, mesh: Mesh) -> Any:
         return jax.tree.unflatten(
             tree, [place(x, s, mesh) for x, s in zip(arrays, each)]
         )
-    _check_even(path, leaf, wanted, mesh)
-    return place(leaf, wanted, mesh)
+    return place(leaf, wanted if _even(leaf, wanted, mesh) else PartitionSpec(), mesh)
 
 
-def _check_even(path: str, leaf: Any, wanted: PartitionSpec, mesh: Mesh) -> None:
-    for size, axis in zip(leaf.shape, wanted):
-        if axis is not None and size % mesh.size:
-            raise ValueError(
-                f"{path} has shape {leaf.shape}, and {size} does not split into "
-                f"{mesh.size} parts"
-            )
+def _even(leaf: Any, wanted: PartitionSpec, mesh: Mesh) -> bool:
+    """Whether the devices get equal parts; else all of them get the whole leaf."""
+    pairs = zip(leaf.shape, tuple(wanted))
+    return not any(axis is not None and size % mesh.size for size, axis in pairs)
 
 
 def place(x: Any, spec: PartitionSpec, mesh: Mesh) -> jax.ShapeDtypeStruct:

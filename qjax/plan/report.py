@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from qjax.plan.machines import Machine
@@ -77,16 +78,16 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
     ("fits", "fits", "{}"),
     ("weights_GiB", "weights\nGiB", "{:.2f}"),
     ("cache_GiB", "cache\nGiB", "{:.2f}"),
-    ("temporaries_GiB", "temporary\nGiB", "{:.2f}"),
-    ("memory_GiB", "in all\nGiB", "{:.2f}"),
-    ("decode_limit_ms", "decode\nlimit ms", "{:.2f}"),
-    ("decode_compiled_ms", "as com-\npiled ms", "{:.2f}"),
+    ("temporaries_GiB", "temp.\nGiB", "{:.2f}"),
+    ("memory_GiB", "all\nGiB", "{:.2f}"),
+    ("decode_limit_ms", "decode\nlimit\nms", "{:.2f}"),
+    ("decode_compiled_ms", "as\ncompiled\nms", "{:.2f}"),
     ("tokens_per_s", "tokens/s\nat limit", "{:,.0f}"),
-    ("prefill_limit_ms", "prefill\nlimit ms", "{:.1f}"),
-    ("prefill_compiled_ms", "as com-\npiled ms", "{:.1f}"),
+    ("prefill_limit_ms", "prefill\nlimit\nms", "{:.1f}"),
+    ("prefill_compiled_ms", "as\ncompiled\nms", "{:.1f}"),
     ("MB_per_token", "MB per\ntoken", "{:,.1f}"),
-    ("Gop_per_token", "Gop per\ntoken", "{:,.2f}"),
-    ("links_MB", "sent per\nstep MB", "{:,.1f}"),
+    ("Gop_per_token", "Gop per\ntoken", "{:,.1f}"),
+    ("links_MB", "sent\nMB", "{:,.1f}"),
 )
 
 
@@ -94,19 +95,18 @@ def table(records: Sequence[Record], machine: Machine, model: str) -> Table:
     """Plans for one machine; sizes and bytes sent are those of one device."""
     chip = machine.chip
     drawn = Table(
-        title=f"{model} on {machine.name}: {machine.devices} devices of "
+        title=f"{model} on {machine.name}, per device: {machine.devices} x "
         f"{chip.memory / GIB:.1f} GiB, {chip.bandwidth / 1e9:,.0f} GB/s",
         caption=NOT_KNOWN,
         caption_justify="left",
+        box=SIMPLE,
     )
-    drawn.add_column("scheme, batch x context", no_wrap=True)
+    drawn.add_column("scheme", no_wrap=True)
     for _, header, _ in COLUMNS:
         drawn.add_column(header, justify="right", no_wrap=True)
     for record in records:
         style = None if record.metrics["fits"] == "yes" else "red"
-        c = record.config
-        name = f"{c['scheme']}, {c['batch']} x {c['context']:,}"
-        drawn.add_row(name, *(_cell(record, *c) for c in COLUMNS), style=style)
+        drawn.add_row(record.label, *(_cell(record, *c) for c in COLUMNS), style=style)
     return drawn
 
 

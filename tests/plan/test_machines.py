@@ -129,6 +129,13 @@ def test_caches_are_cut_by_heads_then_sequences_then_slots(batch: int, context: 
         place_cache(odd, mesh)
 
 
+def test_an_odd_vocabulary_is_whole():
+    _, params = layouts.from_fields("small", FIELDS | {"vocab_size": 509}).shapes()
+    placed = place_params(params, make_mesh(jax.devices(), 4))
+    assert placed["embed"]["embedding"].sharding.is_fully_replicated
+    assert not placed["layers"]["mlp"]["up_proj"]["kernel"].sharding.is_fully_replicated
+
+
 def test_a_group_is_not_cut():
     f, params = layouts.from_fields("small", FIELDS | {"hidden_size": 512}).shapes()
     params = quantized_shapes(f, params, "W4A16")
