@@ -1,5 +1,7 @@
 """Counts of a step against closed formulas, and of single operations by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -31,6 +33,7 @@ def step(scheme: str, kind: str = "decode", batch: int = B):
     return make_step(LAYOUT, serving(scheme), place, load, jax.devices()[:1])
 
 
+@functools.cache
 def counted(scheme: str, kind: str = "decode", batch: int = B):
     made = step(scheme, kind, batch)
     return count(made.f, *made.arguments)
