@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -131,9 +131,7 @@ def _records(
         programs[row["step"]] = row
         if len(programs) == steps:
             found = merged(str(row["scheme"]), programs)
-            yield Record(
-                found.label, found.config, found.metrics, context, found.series
-            )
+            yield replace(found, context=context)
             programs = {}
 
 

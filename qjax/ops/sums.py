@@ -36,8 +36,9 @@ def has_coded_sums(part: Coded, activation: Activation) -> bool:
     group at a time, and the weights of all others to be sent.
     """
     coded, several = activation.format, part.format.granularity.rows is not None
-    tokens = isinstance(coded, Int) and coded.symmetric and coded.bits <= 8
-    tokens = tokens and coded.granularity.rows is None
+    if not isinstance(coded, Int) or coded.granularity.rows is not None:
+        return False
+    tokens = bool(coded.symmetric) and coded.bits <= 8
     return several and tokens and activation.outliers is None and has_sums(part)
 
 

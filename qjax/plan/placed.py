@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qjax.core.layout import Layout
-from qjax.core.qtensor import QTensor, is_quantized
+from qjax.core.qtensor import Stacked, is_quantized
 from qjax.ops import Target
 from qjax.trace.apply import evaluated, low_bit
 from qjax.trace.control import interpreter
@@ -30,8 +30,10 @@ class Cut(Layout):
     last: Any = None
 
 
-def cut(q: QTensor, spec: PartitionSpec) -> QTensor:
+def cut(q: Any, spec: PartitionSpec) -> Any:
     """The leaf, with results cut along their last axis as it is itself."""
+    if isinstance(q, Stacked) or not tuple(spec):
+        return q
     own = q.layout
     return replace(q, layout=Cut(own.roles, own.sizes, tuple(spec)[-1]))
 

@@ -71,7 +71,7 @@ def _leaf(path: str, leaf: Any, mesh: Mesh) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} on {mesh.size} devices: {error}") from error
     if is_quantized(leaf):
-        arrays, tree = jax.tree.flatten(cut(leaf, wanted) if wanted else leaf)
+        arrays, tree = jax.tree.flatten(cut(leaf, wanted))
         each = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
         return jax.tree.unflatten(
             tree, [place(x, s, mesh) for x, s in zip(arrays, each)]

@@ -36,8 +36,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def devices_of(target: Machine) -> list[Any]:
     """The devices of a machine that is not there."""
     if target.platform == "tpu":
+        sides = [int(side) for side in target.topology.partition(":")[2].split("x")]
+        host = [2 - side % 2 for side in sides[:2]]  # else sides must be even
         found = topologies.get_topology_desc(
-            platform="tpu", topology_name=target.topology
+            platform="tpu",
+            topology_name=target.topology,
+            chips_per_host_bounds=[*host, 1],
         )
     else:
         found = topologies.get_topology_desc(
