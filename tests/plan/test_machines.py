@@ -50,6 +50,7 @@ def test_other_models_are_refused(tmp_path):
         layouts.layout(str(tmp_path))
     bert = {"model_type": "bert", "vocab_size": 64, "hidden_size": 32}
     bert |= {"num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
+    bert["max_position_embeddings"] = 32
     with pytest.raises(ValueError, match="no key-value cache"):
         layouts.from_fields("encoder", bert)
 
