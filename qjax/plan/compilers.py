@@ -36,7 +36,7 @@ COMPILERS = {
     "tpu": Compiler("libtpu", "libtpu", "libtpu==0.0.42.1"),
     "gpu": Compiler(
         "jax_plugins/xla_cuda13",
-        "cuda13",
+        "cuda",
         f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} "
         "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime "
         "nvidia-cuda-nvrtc nvidia-cuda-cupti nvidia-nvjitlink",
