@@ -1,4 +1,4 @@
-"""The command line: `qjax compare | quantize | export | qat | eval | ...`."""
+"""The command line: `qjax compare | quantize | export | qat | eval | plan | ...`."""
 
 import sys
 import warnings
@@ -13,6 +13,7 @@ from qjax.commands.compare import Compare
 from qjax.commands.evaluate import Evaluate
 from qjax.commands.export import Export
 from qjax.commands.finetune import Finetune
+from qjax.commands.plan import Plan
 from qjax.commands.qat import TrainQuantized
 from qjax.commands.quantize import Quantize
 from qjax.commands.sites import ShowSites
@@ -26,6 +27,7 @@ Command = (
     | Annotated[ShowSites, tyro.conf.subcommand("sites")]
     | Annotated[Choose, tyro.conf.subcommand("choose")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
 )
 
 
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code.
 
     0: done; 1: an error, in one sentence on stderr; 2: wrong usage (tyro exits with
-    it); 130: interrupted.
+    it); 3: what was planned does not fit; 130: interrupted.
     """
     program = tyro.cli(
         Program,
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            program.command.run()
+            code = program.command.run()
         except KeyboardInterrupt:
             print("qjax: interrupted", file=sys.stderr)
             return 130
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             print(f"qjax: error: {_sentence(error)}", file=sys.stderr)
             return 1
-    return 0
+    return code or 0
 
 
 def _sentence(error: Exception) -> str:

@@ -44,8 +44,10 @@ def render(records: Sequence[Record], columns: Sequence[Column]) -> str:
 
 
 def cell(record: Record, column: Column) -> str:
-    """One value, or a dash where the run has none."""
+    """One value, or a dash where the run has none; words as they are."""
     value = record.metrics.get(column.metric)
+    if isinstance(value, str):
+        return value
     return "–" if value is None else column.write(value)
 
 

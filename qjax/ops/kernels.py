@@ -14,7 +14,7 @@ from qjax.core.qtensor import Activation, QTensor, SiteActs
 from qjax.ops.narrow import is_narrow
 from qjax.ops.packed import TILES, Packed, whole_zeros
 from qjax.ops.packed import unfit as unfit_packed
-from qjax.ops.sums import has_sums
+from qjax.ops.sums import has_coded_sums, has_sums
 from qjax.ops.targets import Target
 from qjax_kernels.int_matmul import IntWeight, blocks, pallas_gpu
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul
@@ -98,16 +98,28 @@ def _by_xla(
     part: Coded, q: QTensor, site: int, x: Any, target: Target, why: str
 ) -> Choice:
     """XLA, in the form that suits the platform."""
-    whole = q.site(site).activation is None and x.ndim == 2
-    on_tpu = target.platform == "tpu" and whole
+    activation = q.site(site).activation
+    matrix = x.ndim == 2 and not isinstance(part, Packed)
     return Choice(
         "xla",
         refused=why,
-        sums=on_tpu and has_sums(part) and not isinstance(part, Packed),
-        narrow=target.platform == "gpu" and whole and is_narrow(part),
+        sums=target.platform == "tpu" and matrix and _sums(part, activation),
+        narrow=(
+            target.platform == "gpu"
+            and x.ndim == 2
+            and activation is None
+            and is_narrow(part)
+        ),
         # A CPU's int8 products are fast for matrices only, not for a few vectors.
         tokens=8 if target.platform == "cpu" else 1,
     )
+
+
+def _sums(part: Coded, activation: Activation | None) -> bool:
+    """Whether the scales of a part can multiply sums, of values or of codes."""
+    if activation is None:
+        return has_sums(part)
+    return has_coded_sums(part, activation)
 
 
 def unfit(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:

@@ -23,7 +23,7 @@ from qjax.ops.narrow import narrow_product
 from qjax.ops.outliers import kept_product, split_outliers
 from qjax.ops.packed import ROWS, Packed
 from qjax.ops.rotations import rotation_choice, turned
-from qjax.ops.sums import sums_product
+from qjax.ops.sums import coded_sums_product, sums_product
 from qjax.ops.targets import Target, here
 
 
@@ -137,11 +137,11 @@ def _matmul(
         for part, generation in on_kernel
         if not splits
     ]
-    terms += [
-        sums_product(x, part, dtype, precision)
-        for part, choice in zip(q.parts, chosen)
-        if choice.sums
-    ]
+    by_sums = [part for part, choice in zip(q.parts, chosen) if choice.sums]
+    if acts.activation is None:
+        terms += [sums_product(x, part, dtype, precision) for part in by_sums]
+    else:
+        terms += [_coded_product(x, acts, p, dtype, dot, 1, True) for p in by_sums]
     terms += [
         narrow_product(x, part, dtype, precision)
         for part, choice in zip(q.parts, chosen)
@@ -160,7 +160,7 @@ def _matmul(
                 for part, generation in on_kernel
             ]
         least = max((choice.tokens for choice in chosen), default=1)
-        terms += [_coded_product(x, acts, p, dtype, dot, least) for p in coded]
+        terms += [_coded_product(x, acts, p, dtype, dot, least, False) for p in coded]
         x = coded_values(x, acts)
         if kept is not None:
             terms += [_decoded_product(dot, kept, part) for part in coded]
@@ -214,11 +214,19 @@ def _decoded_product(dot: Any, x: Any, part: Coded) -> Any:
     return product(x, part)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
 def _coded_product(
-    x: Any, acts: SiteActs, part: Coded, dtype: Any, dot: Any, tokens: int
+    x: Any,
+    acts: SiteActs,
+    part: Coded,
+    dtype: Any,
+    dot: Any,
+    tokens: int,
+    sums: bool,
 ) -> Any:
     """Codes contracted with codes; the gradient is that of their values."""
+    if sums:
+        return coded_sums_product(x, acts, part).astype(dtype)
     coded = code_input(x, acts)
     whole = isinstance(part.format, Int)
     y = _int_dot(coded, part, tokens) if whole else _float8_dot(coded, part)
@@ -227,9 +235,9 @@ def _coded_product(
 
 @_coded_product.defjvp
 def _coded_product_jvp(
-    dtype: Any, dot: Any, tokens: int, primals: Any, tangents: Any
+    dtype: Any, dot: Any, tokens: int, sums: bool, primals: Any, tangents: Any
 ) -> Any:
-    out = _coded_product(*primals, dtype, dot, tokens)
+    out = _coded_product(*primals, dtype, dot, tokens, sums)
     return out, jax.jvp(partial(_values, dot), primals, tangents)[1]
 
 

@@ -104,8 +104,13 @@ def names_in(jaxpr: Any) -> set[str]:
 
 def names_in_bodies(eqn: Any) -> set[str]:
     """The names in the bodies of an equation."""
-    inner = _bodies(list(eqn.params.values()))
+    inner = bodies(eqn)
     return set[str]().union(*(names_in(jaxpr) for jaxpr in inner))
+
+
+def bodies(eqn: Any) -> list[Any]:
+    """Every jaxpr among an equation's parameters."""
+    return _bodies(list(eqn.params.values()))
 
 
 def _bodies(values: Any) -> list[Any]:

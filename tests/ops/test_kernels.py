@@ -88,6 +88,26 @@ def test_scales_on_sums_agree_with_the_values(format):
     np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "format",
+    [Int(4, group(64)), Int(2, group(32), symmetric=False), Int(8, group(128))],
+    ids=lambda format: format.name,
+)
+def test_scales_on_sums_of_codes_agree_with_the_scan(format):
+    """int8 tokens on a TPU without a kernel: both forms have the same integers."""
+    q = quantized(format, DYNAMIC)
+    target = Target("tpu", None, 8)
+    x = jax.random.normal(jax.random.key(1), (M, K))
+    (choice,) = choices(q, 0, x, "auto", target)
+    assert choice.name == "xla, scales on sums"
+    y, pull = jax.vjp(lambda x: matmul(x, q, target=target), x)
+    expected, other = jax.vjp(lambda x: matmul(x, q, target=Target("cpu")), x)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(pull(y)[0], other(y)[0])
+    whole = quantized(Int(8, channel()), DYNAMIC)
+    assert choices(whole, 0, x, "auto", target)[0].name == "xla"
+
+
 REFUSALS = [
     (Int(3, group(64)), None, TPU, "no kernel for int3 g64"),
     (Codebook("nf4"), None, TPU, "no kernel for"),

@@ -1,0 +1,141 @@
+"""`qjax plan`: what a quantized model needs on a machine that is not here."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.progress import track
+
+from qjax.commands.output import wide_console
+from qjax.plan.compilers import find_compiler, run_plans
+from qjax.plan.layouts import Layout, layout
+from qjax.plan.machines import Machine, machine
+from qjax.plan.picture import plan_plot
+from qjax.plan.report import merged, refusals, table
+from qjax.plan.serving import serving
+from qjax.plan.steps import Load
+from qjax.results import Record, append, environment
+
+DOES_NOT_FIT = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whether a quantized model fits a machine that you do not have, and how fast it
+    can be there at best.
+
+    The decode step and a prefill are compiled by that machine's compiler, sharded over
+    its devices, from shapes alone. Exit code 3: something asked for does not fit.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A folder with config.json, a hub id, or a layout by name, such as Llama-3-8B."""
+    scheme: tuple[str, ...] = ("bf16", "W8A8", "W4A16", "W4A8-KV8")
+    """Schemes, side by side; -KV8 and -KVFP8 keep the cache in int8 and float8."""
+    topology: tuple[str, ...] = ("v5e:2x4",)
+    """Machines: v5e:2x4, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1, h200, h200:8."""
+    batch: tuple[int, ...] = (16,)
+    """Sequences decoded together; several are tried at the first --context."""
+    context: tuple[int, ...] = (4096,)
+    """Tokens of room for each in the cache; several are tried at the first --batch."""
+    prompt: int = 1024
+    """Tokens of the prompt of a prefill."""
+    steps: tuple[Literal["decode", "prefill"], ...] = ("decode", "prefill")
+    """The programs to compile."""
+    compiler: tuple[Path, ...] = ()
+    """Folders to look for the machines' compilers in (beside and among this
+    environment's packages)."""
+    out: Path = Path("results/plan")
+    """Folder for JSON lines and pictures, one of each for a machine."""
+
+    def run(self) -> int:
+        """Compile, print, save; returns the exit code."""
+        model, machines = layout(self.model), [machine(n) for n in self.topology]
+        plans = self.plans()
+        compilers = [find_compiler(m.platform, self.compiler) for m in machines]
+        everything: list[Record] = []
+        for place, compiler in zip(machines, compilers):
+            rows = track(
+                run_plans(model, place, plans, compiler),
+                description=f"compiling for {place.name}",
+                total=len(plans),
+            )
+            records = list(_records(rows, model, place, len(self.steps)))
+            if len(self.batch) * len(self.context) > 1:
+                records = [_with_load(record) for record in records]
+            self.save(records, model, place)
+            everything += records
+        fits = all(record.metrics["fits"] == "yes" for record in everything)
+        return 0 if fits else DOES_NOT_FIT
+
+    def plans(self) -> list[dict[str, Any]]:
+        """The programs to compile, steps of one scheme together.
+
+        Raises:
+          ValueError: a scheme is not known, or a number is out of range.
+        """
+        names = [serving(name).name for name in self.scheme]
+        loads = [(batch, self.context[0]) for batch in self.batch]
+        loads += [(self.batch[0], context) for context in self.context[1:]]
+        found = [
+            {
+                "scheme": name,
+                "batch": batch,
+                "context": context,
+                "prompt": self.prompt,
+                "step": step,
+            }
+            for name, (batch, context), step in product(names, loads, self.steps)
+        ]
+        for each in found:
+            Load(each["step"], each["batch"], each["context"], each["prompt"])
+        return found
+
+    def save(self, records: Sequence[Record], model: Layout, place: Machine) -> None:
+        """Print the table; write JSON lines and the picture."""
+        console = wide_console()
+        console.print(table(records, place, model.name))
+        for sentence in refusals(records):
+            console.print(f"qjax plan: {sentence}", style="red", highlight=False)
+        stem = re.sub(r"[^a-z0-9.]+", "-", f"{model.name} {place.name}".lower())
+        lines = self.out / f"{stem}.jsonl"
+        lines.unlink(missing_ok=True)
+        for record in records:
+            append(lines, record)
+        plan_plot(self.out / f"{stem}.png", records, place, model.name)
+        console.print(f"wrote {lines} and its picture")
+
+
+def _records(
+    rows: Iterable[dict[str, Any]], model: Layout, place: Machine, steps: int
+) -> Iterator[Record]:
+    """Records of consecutive programs of one scheme, with what they were made for."""
+    chip = place.chip
+    context = {
+        "model": {"name": model.name, "weights": model.weights},
+        "topology": place.name,
+        "devices": place.devices,
+        "peaks": chip.peaks,
+        "memory": chip.memory,
+        "bandwidth": chip.bandwidth,
+        "link": chip.link,
+        "source": chip.source,
+        **environment(),
+    }
+    programs: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        programs[row["step"]] = row
+        if len(programs) == steps:
+            found = merged(str(row["scheme"]), programs)
+            yield replace(found, context=context)
+            programs = {}
+
+
+def _with_load(record: Record) -> Record:
+    """The record, its label with batch and context."""
+    c = record.config
+    return replace(record, label=f"{record.label}, {c['batch']} x {c['context']:,}")

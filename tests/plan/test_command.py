@@ -1,0 +1,111 @@
+"""`qjax plan`: refusals anywhere, and a plan where the compiler of TPUs is."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from qjax import results
+from qjax.cli import main
+from qjax.plan.machines import machine
+from qjax.plan.report import merged, refusals, summary, table, verdict
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+TPU = Path(sys.prefix) / "libtpu" / "libtpu"
+with_compiler = pytest.mark.skipif(not TPU.is_dir(), reason="no compiler of TPUs")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(FIELDS))
+    return folder
+
+
+def fails(capfd, *arguments):
+    code = main(["plan", *map(str, arguments)])
+    out, err = capfd.readouterr()
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    return err
+
+
+def test_one_sentence_for_what_is_not_known(model, capfd, monkeypatch, tmp_path):
+    assert "valid are names such as" in fails(capfd, model, "--topology", "v9:2x2")
+    assert "valid are bf16" in fails(capfd, model, "--scheme", "W4A17")
+    assert "--prompt is 64" in fails(capfd, model, "--context", 32, "--prompt", 64)
+    assert "known by name" in fails(capfd, "no/such-model")
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    assert "pip install" in fails(capfd, model)
+
+
+GIVEN = {"scheme": "W4A16", "batch": 16, "context": 4096, "prompt": 1024}
+
+
+def program(step: str, **more):
+    found = {"fits": True, "needed_bytes": 2**31, "available_bytes": 2**34}
+    found |= {"weights_bytes": 2**30, "cache_bytes": 2**29, "temporaries_bytes": 0}
+    found |= {"bytes_per_token": 1e6, "operations_per_token": 2e9, "refusal": ""}
+    found |= {"tokens": 16, "seconds": 2.0, "cpu_seconds": 1.0, "peak_rss_bytes": 5e8}
+    found |= {"limit_seconds": 0.002, "compiled_seconds": 0.003}
+    found |= {"sent_bytes_per_device": 1e6}
+    return {**GIVEN, "step": step, **found, **more}
+
+
+def test_programs_of_a_scheme_make_one_record():
+    both = {"decode": program("decode"), "prefill": program("prefill")}
+    found = summary(both)
+    assert (found["fits"], found["memory_GiB"], found["weights_GiB"]) == ("yes", 2, 1)
+    assert found["tokens_per_s"] == 16 / 0.002
+    assert (found["planning_seconds"], found["planning_cpu_seconds"]) == (4, 2)
+    both["prefill"] = program("prefill", fits=False, refusal="Ran out of memory")
+    record = merged("W4A16", both)
+    assert record.metrics["fits"] == "no"
+    assert refusals([record]) == ["W4A16, prefill: does not fit: Ran out of memory"]
+    both["decode"] = {**GIVEN, "step": "decode", "error": "INTERNAL: lost"}
+    assert verdict(both) == "failed"
+    assert "failed: INTERNAL: lost" in refusals([merged("W4A16", both)])[0]
+    assert table([record], machine("v5e:2x4"), "small").row_count == 1
+
+
+@with_compiler
+def test_a_plan_holds_what_the_compiler_says(model, tmp_path, capfd):
+    """Arguments are the arrays' own bytes within padding; one scheme does not fit."""
+    arguments = ["--topology", "v5e:2x4", "--batch", "8", "--context", "2048"]
+    arguments += ["--prompt", "128", "--scheme", "bf16", "W4A16-KV8"]
+    code = main(["plan", str(model), *arguments, "--out", str(tmp_path)])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    assert "W4A16-KV8" in out and "Limits, not measurements" in out
+    records = results.read(tmp_path / "small-v5e-2x4.jsonl")
+    assert [record.config["scheme"] for record in records] == ["bf16", "W4A16-KV8"]
+    for record in records:
+        for found in record.metrics["programs"].values():
+            own = found["weights_bytes"] + found["cache_bytes"]
+            assert own <= found["arguments_bytes"] <= 1.05 * own
+            assert found["compiled_bytes_per_device"] > 0.9 * found["bytes_read"] / 8
+            assert found["sent_bytes_per_device"] > 0
+    whole, coded = (record.metrics for record in records)
+    assert coded["cache_GiB"] < 0.55 * whole["cache_GiB"]
+    assert imread(tmp_path / "small-v5e-2x4.png").shape[2] == 4
+
+
+@with_compiler
+def test_what_does_not_fit_is_a_result(model, tmp_path, capfd):
+    arguments = ["--topology", "v5e:1x1", "--batch", "512", "--context", "8192"]
+    arguments += ["--steps", "decode", "--scheme", "bf16", "--out", str(tmp_path)]
+    assert main(["plan", str(model), *arguments]) == 3
+    assert "does not fit" in capfd.readouterr().out
+    (record,) = results.read(tmp_path / "small-v5e-1x1.jsonl")
+    found = record.metrics["programs"]["decode"]
+    assert found["needed_bytes"] > found["available_bytes"] > 15 * 2**30
