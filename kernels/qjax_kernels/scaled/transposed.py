@@ -205,8 +205,5 @@ def restored(dx: Any, order: np.ndarray) -> Any:
     # A product with a permutation is exact where its type is kept.
     moves = jnp.asarray(order[:, None] == np.arange(size), dx.dtype)
     parts = dx.reshape(dx.shape[0], -1, size)
-    moved = jnp.einsum(
-        "mgc,cd->mgd", parts, moves, precision="highest",
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return moved.astype(dx.dtype).reshape(dx.shape)
+    moved = jnp.einsum("mgc,cd->mgd", parts, moves, precision="highest")
+    return moved.reshape(dx.shape)
