@@ -49,7 +49,6 @@ class Case:
 GATE = tuple(
     Case(of).program()
     for of in (
-        int_matmul.Case("v5e", 4, M=1024),
         int_matmul.Case("v6e", 4, zero=True, M=1024),
         codebook_matmul.Case("v6e", M=1024),
     )

@@ -76,16 +76,7 @@ class Case:
         )
 
 
-GATE = tuple(
-    case.program()
-    for case in (
-        Case("v5e"),
-        Case("v6e"),
-        Case("v7x"),
-        Case("v6e", M=256),
-        Case("v6e", bits=2, group=None),
-    )
-)
+GATE = (Case("v6e").program(),)
 
 
 def grid(generation: str, M: int, K: int, N: int) -> list[Case]:

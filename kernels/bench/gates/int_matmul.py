@@ -84,15 +84,12 @@ GATE = tuple(
     case.program()
     for case in (
         Case("v5e", 4),
-        Case("v5e", 4, zero=True),
         Case("v5e", 4, int8=True),
         Case("v5e", 4, M=256),
         Case("v6e", 4),
-        Case("v6e", 4, int8=True),
         Case("v6e", 4, M=256),
         Case("v7x", 4),
         Case("v7x", 4, zero=True, int8=True),
-        Case("v7x", 8, group=None),
     )
 )
 
