@@ -9,8 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.coded import Coded
-from qjax.core.formats import Int, token
+from qjax.core.formats import Codebook, Int, token
 from qjax.core.qtensor import Activation, QTensor, SiteActs
+from qjax.ops.backward_kernels import backward_product, unfit_backward
+from qjax.ops.level_kernels import (
+    codebook_weight,
+    has_levels,
+    levels_product,
+    unfit_levels,
+)
 from qjax.ops.narrow import is_narrow
 from qjax.ops.packed import TILES, Packed, whole_zeros
 from qjax.ops.packed import unfit as unfit_packed
@@ -133,6 +140,8 @@ def unfit(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:
         return why
     if q.lead or x.ndim != 2:
         return "the weight has leading axes"
+    if has_levels(part):
+        return unfit_levels(part, q.site(site), x, target.generation)
     return (
         unfit_format(part)
         or unfit_tokens(x, q.site(site).activation)
@@ -230,13 +239,19 @@ def int_weight(part: Coded) -> IntWeight:
     return IntWeight(part.codes, part.scale, zero, format.bits, rows, part.shape[0])
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def kernel_product(
     x: Any, acts: SiteActs, part: Coded, dtype: Any, generation: str, values: Product
 ) -> Any:
-    """`x` times the part on a kernel; the gradient is that of `values`."""
+    """`x` times the part on a kernel; the gradient is that of `values`.
+
+    The gradient by `x` is a kernel's too where one is there. Forward-mode derivatives
+    are XLA's alone.
+    """
     if isinstance(part, Packed):
         return pallas_gpu.int_matmul(x, part.tiles(), dtype=dtype)
+    if has_levels(part):
+        return levels_product(x, acts, part, dtype, generation)
     return int_matmul(
         x,
         int_weight(part),
@@ -246,9 +261,23 @@ def kernel_product(
     )
 
 
-@kernel_product.defjvp
-def _kernel_product_jvp(
-    dtype: Any, generation: str, values: Product, primals: Any, tangents: Any
+def _kernel_product_forward(
+    x: Any, acts: SiteActs, part: Coded, dtype: Any, generation: str, values: Product
 ) -> Any:
-    out = kernel_product(*primals, dtype, generation, values)
-    return out, jax.jvp(values, primals, tangents)[1]
+    return kernel_product(x, acts, part, dtype, generation, values), (x, acts, part)
+
+
+def _kernel_product_backward(
+    dtype: Any, generation: str, values: Product, kept: Any, dy: Any
+) -> Any:
+    x, _, part = kept
+    dx, d_acts, d_part = jax.vjp(values, *kept)[1](dy)
+    if isinstance(part.format, Int | Codebook) and not isinstance(part, Packed):
+        weight = int_weight(part) if isinstance(part.format, Int) else None
+        weight = codebook_weight(part) if weight is None else weight
+        if not unfit_backward(part, weight, dy, generation):
+            dx = backward_product(dy, weight, x.dtype, generation)
+    return dx, d_acts, d_part
+
+
+kernel_product.defvjp(_kernel_product_forward, _kernel_product_backward)

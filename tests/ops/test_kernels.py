@@ -8,7 +8,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 import qjax
 from qjax.core.coded import encode
-from qjax.core.formats import Codebook, Int, block, channel, group, tensor, token
+from qjax.core.formats import (
+    MX,
+    NVFP4,
+    Codebook,
+    Float,
+    Int,
+    block,
+    channel,
+    group,
+    tensor,
+    token,
+)
 from qjax.core.layout import Layout
 from qjax.core.qtensor import Activation, QTensor, SiteActs
 from qjax.ops import Target, matmul
@@ -65,6 +76,66 @@ def test_kernels_agree_with_the_values(format, activation, simulated):
 
 
 @pytest.mark.parametrize(
+    ("format", "activation"),
+    [
+        (Float("e4m3", block(128, 128)), None),
+        (Float("e4m3"), Activation(Float("e4m3", token()))),
+        (MX("fp4"), None),
+        (NVFP4(), Activation(NVFP4())),
+        (Codebook("nf4", double_quant=256), None),
+        (Codebook(None, channel(), bits=2), None),
+    ],
+    ids=lambda part: "none" if part is None else getattr(part, "name", "coded"),
+)
+def test_kernels_of_levels_agree_with_the_values(format, activation, simulated):
+    q = quantized(format, activation)
+    x = jax.random.normal(jax.random.key(1), (M, K), jnp.bfloat16)
+
+    def run(implementation, target):
+        return matmul(
+            x, q, implementation=implementation, target=target, dtype=jnp.float32
+        )
+
+    y, expected = run("pallas", TPU), run("xla", Target("cpu"))
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(q.core(jnp.float32))
+    # XLA's form rounds weights to bfloat16, the kernel levels.
+    assert (np.abs(y - expected) <= 2.0**-7 * size).all()
+
+
+@pytest.mark.parametrize(
+    ("format", "activation"),
+    [
+        (Int(4, group(64), symmetric=False), None),
+        (Int(8, group(64), zero="float"), DYNAMIC),
+        (Codebook("nf4", double_quant=256), None),
+    ],
+    ids=lambda part: "none" if part is None else getattr(part, "name", "dynamic"),
+)
+def test_gradients_run_on_a_kernel_too(format, activation, simulated):
+    q = quantized(format, activation)
+    x = jax.random.normal(jax.random.key(1), (M, K), jnp.bfloat16)
+
+    def gradient(target):
+        def run(x):
+            return matmul(x, q, target=target)
+
+        y, pull = jax.vjp(run, x)
+        seed = jax.random.normal(jax.random.key(2), y.shape, jnp.bfloat16)
+        return jax.jit(pull), seed
+
+    pull, seed = gradient(TPU)
+    (dx,) = pull(seed)
+    assert "_backward" in str(jax.make_jaxpr(pull)(seed))
+    w, dy = (np.asarray(v, np.float64) for v in (q.core(jnp.float32), seed))
+    terms = np.abs(dy) @ np.abs(w).T
+    # Levels or weights, weights, and the result are rounded to bfloat16.
+    error = np.abs(np.asarray(dx, np.float64) - dy @ w.T)
+    assert (error <= 2.0**-8 * (terms + np.abs(dy @ w.T))).all()
+    (expected,) = gradient(Target("cpu"))[0](seed)
+    assert (np.abs(dx - expected) <= 2.0**-7 * terms).all()
+
+
+@pytest.mark.parametrize(
     "format",
     [
         Int(4, group(64), symmetric=False),
@@ -110,7 +181,9 @@ def test_scales_on_sums_of_codes_agree_with_the_scan(format):
 
 REFUSALS = [
     (Int(3, group(64)), None, TPU, "no kernel for int3 g64"),
-    (Codebook("nf4"), None, TPU, "no kernel for"),
+    (Codebook(None, bits=3), None, TPU, "no kernel for codebook3"),
+    (MX("fp6"), None, TPU, "no kernel for mxfp6"),
+    (Float("e4m3b11"), None, Target("tpu", "v7x"), "no type of v7x"),
     (Int(4, block(64, 64)), None, TPU, "scales for single outputs"),
     (Int(4, group(64)), None, Target("cpu"), "there is no kernel for cpu"),
     (Int(4, group(64)), None, Target("tpu", None), "this generation of TPU"),

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from programs import TpuProgram
 
+from qjax.core.formats import Int, channel, group, token
+from qjax.core.qtensor import Activation
 from qjax_kernels.int_matmul.blocks import Blocks, choose
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul, name_of
 from qjax_kernels.int_matmul.weight import WORD, IntWeight
@@ -38,6 +40,13 @@ class Case:
         zero = shape(per_group, jnp.int8) if self.zero else None
         scale = shape(per_group, jnp.float32)
         return IntWeight(codes, scale, zero, self.bits, self.group, K)
+
+    @property
+    def stored(self) -> tuple[Any, Any]:
+        """The same in qjax: formats of the weight and of tokens."""
+        shared = group(self.group) if self.group else channel()
+        format = Int(self.bits, shared, symmetric=not self.zero)
+        return format, Activation(Int(8, token())) if self.int8 else None
 
     def step_bytes(self, blocks: Blocks) -> float:
         """Bytes of weights, scales and zeros that one grid step reads."""
@@ -75,14 +84,21 @@ GATE = tuple(
     case.program()
     for case in (
         Case("v5e", 4),
-        Case("v5e", 4, zero=True),
         Case("v5e", 4, int8=True),
         Case("v5e", 4, M=256),
         Case("v6e", 4),
-        Case("v6e", 4, int8=True),
         Case("v6e", 4, M=256),
         Case("v7x", 4),
         Case("v7x", 4, zero=True, int8=True),
-        Case("v7x", 8, group=None),
     )
 )
+
+
+FORMATS = ((4, 128), (4, 128, True), (4, 32), (4, None), (8, None), (2, 64))
+
+
+def grid(generation: str, M: int, K: int, N: int) -> list[Case]:
+    """Every format at one shape, with float tokens; 4 bits with int8 ones too."""
+    cases = [(*one, *(False,) * (4 - len(one))) for one in FORMATS]
+    cases.append((4, 128, False, True))
+    return [Case(generation, *one, M, K, N) for one in cases]
