@@ -77,7 +77,7 @@ from qjax.models.coded_cache import quantize_cache
 from qjax.models.functional import functional
 from qjax.observe import observe
 from qjax.on_the_fly import load_quantized
-from qjax.ops import Target, pack, unpack
+from qjax.ops import GPU_COMPILER_OPTIONS, GPU_DECODE_OPTIONS, Target, pack, unpack
 from qjax.quantize import quantize, quantize_with_report
 from qjax.recipe_files import read_recipe, write_recipe
 from qjax.schemes import scheme
@@ -116,6 +116,8 @@ __all__ = [
     "EETQ",
     "GPTAQ",
     "GPTQ",
+    "GPU_COMPILER_OPTIONS",
+    "GPU_DECODE_OPTIONS",
     "HQQ",
     "LQER",
     "LSQ",

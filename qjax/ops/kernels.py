@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from qjax.core.coded import Coded
 from qjax.core.formats import Int, token
 from qjax.core.qtensor import Activation, QTensor, SiteActs
+from qjax.ops.narrow import is_narrow
 from qjax.ops.packed import TILES, Packed, whole_zeros
 from qjax.ops.packed import unfit as unfit_packed
 from qjax.ops.sums import has_sums
@@ -47,6 +48,7 @@ class Choice:
       generation: whose kernel; None for XLA.
       refused: why the kernel does not run; empty if it does.
       sums: XLA's form with scales on sums, for TPUs.
+      narrow: XLA's form with scales on an array of narrow weights, for GPUs.
       tokens: what XLA's form with int8 tokens fills their number up to a multiple of.
     """
 
@@ -54,14 +56,16 @@ class Choice:
     generation: str | None = None
     refused: str = ""
     sums: bool = False
+    narrow: bool = False
     tokens: int = 1
 
     @property
     def name(self) -> str:
-        """`xla`, `xla, scales on sums` or `pallas v5e`."""
+        """`xla`, `xla, scales on sums`, `xla, narrow weights` or `pallas v5e`."""
         if self.generation is not None:
             return f"{self.implementation} {self.generation}"
-        return self.implementation + ", scales on sums" * self.sums
+        form = ", scales on sums" * self.sums + ", narrow weights" * self.narrow
+        return self.implementation + form
 
 
 def choices(
@@ -100,6 +104,7 @@ def _by_xla(
         "xla",
         refused=why,
         sums=on_tpu and has_sums(part) and not isinstance(part, Packed),
+        narrow=target.platform == "gpu" and whole and is_narrow(part),
         # A CPU's int8 products are fast for matrices only, not for a few vectors.
         tokens=8 if target.platform == "cpu" else 1,
     )

@@ -19,6 +19,7 @@ from qjax.ops.activations import (
     integers,
 )
 from qjax.ops.kernels import Choice, check_implementation, choices, kernel_product
+from qjax.ops.narrow import narrow_product
 from qjax.ops.outliers import kept_product, split_outliers
 from qjax.ops.packed import ROWS, Packed
 from qjax.ops.rotations import rotation_choice, turned
@@ -138,7 +139,13 @@ def _matmul(
         for part, choice in zip(q.parts, chosen)
         if choice.sums
     ]
-    values = [p for p, c in zip(q.parts, chosen) if not c.generation and not c.sums]
+    terms += [
+        narrow_product(x, part, dtype, precision)
+        for part, choice in zip(q.parts, chosen)
+        if choice.narrow
+    ]
+    own = [bool(c.generation) or c.sums or c.narrow for c in chosen]
+    values = [part for part, taken in zip(q.parts, own) if not taken]
     if acts.activation is not None:
         ways = [contraction(p.format, acts.activation.format) for p in values]
         coded = [p for p, way in zip(values, ways) if way != "values"]

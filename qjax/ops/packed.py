@@ -27,7 +27,7 @@ from qjax_kernels.int_matmul.fragments import (
     unpack_tiles,
 )
 
-TILES, ROWS = "tiles", "rows"
+TILES, ROWS, NARROW = "tiles", "rows", "narrow"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,8 @@ class Packed(Coded):
 
     Attributes:
       order: "tiles" for Hopper (`qjax_kernels/int_matmul/fragments.py`), with whole
-        zeros of `q` as `int8[..., G, N]`; or "rows" for CPUs, `q` as
-        `int8[..., N, K]`, with zeros as `Coded` has them.
+        zeros of `q` as `int8[..., G, N]`; "rows" for CPUs, `q` as `int8[..., N, K]`; or
+        "narrow" for other GPUs, `q` as `int4[..., K, N]`. These keep zeros as they are.
     """
 
     order: str
@@ -52,6 +52,8 @@ class Packed(Coded):
         half = _int(self).half
         if self.order == ROWS:
             q = jnp.swapaxes(self.codes, -1, -2)
+        elif self.order == NARROW:
+            q = self.codes
         elif _int(self).bits < 8:
             return unpack_tiles(self.codes, _int(self).bits, *self.shape)
         else:
@@ -60,7 +62,7 @@ class Packed(Coded):
 
     def grid(self) -> Grid:
         """Scales and zeros of the unsigned codes."""
-        if self.order == ROWS or _int(self).zero != "int":
+        if self.order != TILES or _int(self).zero != "int":
             return super().grid()
         zero = self.zero.astype(jnp.int16) + _int(self).half
         return Grid(self.scale, zero.astype(jnp.uint8))
@@ -81,10 +83,11 @@ def pack(qparams: Any, target: Target | None = None) -> Any:
     """The tree, its quantized leaves in the order that the target's hardware reads.
 
     For a Hopper GPU, integers of 2, 3, 4 and 8 bits that meet float activations: its
-    kernel takes them only if they are packed. For a CPU, integers of whole channels
-    that meet integers. Anything else, and everything on a TPU, is returned as it is. Do
-    this once, after loading; packed leaves are neither saved nor sharded. `unpack`
-    gives back what was packed, bit for bit.
+    kernel takes them only if they are packed. For other GPUs, 4-bit integers that meet
+    float activations. For a CPU, integers of whole channels that meet integers.
+    Anything else, and everything on a TPU, is returned as it is. Do this once, after
+    loading; packed leaves are neither saved nor sharded. `unpack` gives back what was
+    packed, bit for bit.
 
     Args:
       qparams: arrays and QTensors.
@@ -116,8 +119,9 @@ def _mapped(one: Any, qparams: Any) -> Any:
 def order_for(q: QTensor, target: Target) -> str:
     """How the target wants a leaf; empty for as it is."""
     activations = [acts.activation for acts in q.acts]
-    if target.generation == "hopper":
-        return "" if any(activations) else TILES
+    if target.platform == "gpu":
+        order = TILES if target.generation == "hopper" else NARROW
+        return "" if any(activations) else order
     if target.platform != "cpu" or not activations or not all(activations):
         return ""
     pairs = [(p.format, a.format) for p in q.parts for a in activations if a]
@@ -146,7 +150,7 @@ def _packed(part: Coded, order: str) -> Packed:
         zero = whole_zeros(part) if format.zero == "int" else zero
     else:
         q = codes if format.bits == 8 else codes.astype(jnp.int8) - format.half
-        codes = jnp.swapaxes(q, -1, -2)
+        codes = jnp.swapaxes(q, -1, -2) if order == ROWS else q.astype(jnp.int4)
     return Packed(codes, scale, zero, None, None, format, part.shape, order)
 
 
@@ -157,11 +161,11 @@ def unfit(part: Coded, order: str) -> str:
         return f"no kernel for {format.name}"
     if order == ROWS:
         return ""
-    if format.bits not in BITS:
+    if format.bits not in (BITS if order == TILES else (4,)):
         return f"no kernel for {format.name}"
     if format.granularity.cols != 1:
         return f"a kernel has scales for single outputs, not {format.granularity.label}"
-    return launch.unfit(format.granularity.rows)
+    return launch.unfit(format.granularity.rows) if order == TILES else ""
 
 
 def unpacked(part: Coded) -> Coded:

@@ -17,7 +17,7 @@ from qjax.ops.kernels import choices
 from qjax.ops.packed import Packed
 
 K, N, M = 256, 64, 3
-HOPPER, CPU = Target("gpu", "hopper"), Target("cpu")
+HOPPER, GPU, CPU = Target("gpu", "hopper"), Target("gpu"), Target("cpu")
 
 
 def quantized(format, activation=None, roles="kn", shape=(K, N)):
@@ -33,6 +33,7 @@ FORMATS = [
     (Int(3, group(32), zero="float"), None, HOPPER),
     (Int(2, channel(), symmetric=False), None, HOPPER),
     (Int(8, group(128), symmetric=False), None, HOPPER),
+    (Int(4, group(64), symmetric=False), None, GPU),
     (Int(4, channel(), symmetric=False), Int(8, token()), CPU),
     (Int(8), Int(8, token(), symmetric=False), CPU),
 ]
@@ -55,12 +56,12 @@ def test_packing_adds_no_bytes_to_whole_tiles():
     assert qjax.pack(q, HOPPER).nbytes == q.nbytes
 
 
-@pytest.mark.parametrize(("format", "activation", "target"), FORMATS[4:])
+@pytest.mark.parametrize(("format", "activation", "target"), FORMATS[5:])
 @pytest.mark.parametrize("M", [1, 3, 8])
 def test_a_packed_weight_gives_the_same_integers(format, activation, target, M):
     q = quantized(format, activation)
     x = jax.random.normal(jax.random.key(1), (M, K))
-    expected = matmul(x, q, target=Target("gpu"))  # as many tokens as there are
+    expected = matmul(x, q, target=GPU)  # as many tokens as there are
     for leaf in (q, qjax.pack(q, target)):
         np.testing.assert_array_equal(matmul(x, leaf, target=target), expected)
 
@@ -85,7 +86,7 @@ def test_hopper_runs_what_is_packed_and_says_what_is_not():
         (Int(5, group(64)), HOPPER, "no kernel for int5 g64"),
         (Int(4, block(64, 64)), HOPPER, "scales for single outputs"),
         (Int(4, group(16)), HOPPER, "group is 16"),
-        (Int(4, group(64)), Target("gpu"), "no kernel for this GPU"),
+        (Int(4, group(64)), GPU, "no kernel for this GPU"),
         (Int(4, group(64)), Target("gpu", "hopper", 2), "use shard_map"),
     ],
 )
@@ -103,6 +104,26 @@ def test_other_activations_are_refused_on_hopper():
     packed = qjax.pack(quantized(Int(4)), HOPPER)
     (choice,) = choices(packed, 0, jnp.ones((M, K)), "auto", HOPPER)
     assert "the activation is float32" in choice.refused
+
+
+@pytest.mark.parametrize(
+    "format",
+    [Int(4, group(64), symmetric=False), Int(4, zero="float"), Int(8, group(128))],
+    ids=lambda format: format.name,
+)
+def test_narrow_weights_agree_with_float64(format):
+    """The form that XLA gets on a GPU, run where the tests are."""
+    q = qjax.pack(quantized(format), GPU)
+    x = jax.random.normal(jax.random.key(1), (M, K))
+    (choice,) = choices(q, 0, x, "auto", GPU)
+    assert choice.name == "xla, narrow weights"
+    exact = np.asarray(x, np.float64) @ np.asarray(q.core(jnp.float32), np.float64)
+    y, pull = jax.vjp(lambda x: matmul(x, q, target=GPU), x)
+    np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-3)
+    expected = jnp.ones_like(y) @ q.core(jnp.float32).T
+    np.testing.assert_allclose(
+        pull(jnp.ones_like(y))[0], expected, rtol=1e-4, atol=1e-3
+    )
 
 
 def f(params, x):
