@@ -50,7 +50,6 @@ class Case:
 GATE = tuple(
     case.program()
     for case in (
-        Case(M=1),
         Case(),
         Case(M=64),
         Case(M=2048),
@@ -59,6 +58,5 @@ GATE = tuple(
         Case(bits=2, group=64, zero="int8"),
         Case(bits=3),
         Case(bits=8, group=None),
-        Case(bits=8, zero="int8", M=2048),
     )
 )

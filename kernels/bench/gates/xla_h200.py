@@ -13,9 +13,9 @@ from programs import CudaProgram
 
 from qjax import GPU_COMPILER_OPTIONS, GPU_DECODE_OPTIONS, pack
 from qjax.core.coded import encode
-from qjax.core.formats import Format, Int, channel, group, token
+from qjax.core.formats import Format, Int, group
 from qjax.core.layout import Layout
-from qjax.core.qtensor import Activation, QTensor, SiteActs
+from qjax.core.qtensor import QTensor
 from qjax.ops import Target, matmul
 
 GPU = Target("gpu")
@@ -29,16 +29,12 @@ class Case:
     name: str
     weights: Format
     M: int
-    activations: Format | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
     def leaf(self) -> QTensor:
         """The weight, from nothing."""
         w = jnp.zeros((K, N), jnp.bfloat16)
-        acts = ()
-        if self.activations is not None:
-            acts = (SiteActs(activation=Activation(self.activations)),)
-        q = QTensor.of(encode(w, self.weights), Layout("kn", (K, N)), w.dtype, acts)
+        q = QTensor.of(encode(w, self.weights), Layout("kn", (K, N)), w.dtype)
         return pack(q, GPU)
 
     def program(self) -> CudaProgram:
@@ -66,6 +62,5 @@ GATE = tuple(
         Case("w4a16_g128", W4, 16, options=SPLIT),
         Case("w4a16_g128_zero", W4_ZERO, 16, options=SPLIT),
         Case("w8a16_g128", Int(8, group(128)), 16, options=SPLIT),
-        Case("w8a8_channel", Int(8, channel()), 16, Int(8, token())),
     )
 )
