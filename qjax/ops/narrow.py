@@ -57,8 +57,12 @@ def narrow_product(x: Any, part: Coded, dtype: Any, precision: Any = None) -> ja
         (K, N), G = part.shape, grid.scale.shape[0]
         scale = grid.scale.astype(x.dtype)
         w = part.codes.reshape(G, K // G, N).astype(x.dtype) * scale[:, None]
-        dot = {"precision": precision, "preferred_element_type": jnp.float32}
-        y = jnp.matmul(x, w.reshape(K, N), **dot)
+        y = jnp.matmul(
+            x,
+            w.reshape(K, N),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
         if not format.symmetric:
             sums = x.astype(jnp.float32).reshape(x.shape[0], G, K // G).sum(-1)
             zero = grid.zero.astype(jnp.float32) - format.half

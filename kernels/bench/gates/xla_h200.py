@@ -61,6 +61,5 @@ GATE = tuple(
         Case("w4a16_g128", W4, 1, options=FUSED),
         Case("w4a16_g128", W4, 16, options=SPLIT),
         Case("w4a16_g128_zero", W4_ZERO, 16, options=SPLIT),
-        Case("w8a16_g128", Int(8, group(128)), 16, options=SPLIT),
     )
 )
