@@ -15,6 +15,7 @@ Cost: an hour on one core, and half as much for the peers.
 """
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -231,7 +232,9 @@ def _loaded(folder: Path) -> dict[str, Any]:
 def record(label: str, reports: dict[str, Any]) -> Record:
     """One line: medians as metrics; worst tokens, refusals and versions as context."""
     metrics = {k: v["difference"] for k, v in reports.items() if "difference" in v}
-    refused = {k: v["refused"] for k, v in reports.items() if "refused" in v}
+    refused = {k: v["refused"][:200] for k, v in reports.items() if "refused" in v}
+    # Some name files: where they were is of no interest.
+    refused = {k: re.sub(r"\S*/(?=\S)", "", v) for k, v in refused.items()}
     worst = {k: v["worst"] for k, v in reports.items() if "worst" in v}
     peers = {k: v["versions"] for k, v in reports.items() if "versions" in v}
     context = {**environment(), "worst": worst, "refused": refused, "peers": peers}

@@ -93,12 +93,27 @@ def _compute_in_float32() -> None:
         base.unpack_fp4_from_uint8 = partial(
             helpers.unpack_fp4_from_uint8, dtype=torch.float32
         )
+        from compressed_tensors.quantization.lifecycle import forward  # noqa: PLC0415
+
+        if not hasattr(forward, "unchanged"):
+            forward.unchanged = forward.compute_dynamic_scales_and_zp
+            forward.compute_dynamic_scales_and_zp = _scales_of_tokens
     if find_spec("gptqmodel") is not None:
         from gptqmodel.nn_modules.qlinear import torch_awq  # noqa: PLC0415
 
         torch_awq.AwqTorchLinear.forward = _awq_forward
     if find_spec("bitsandbytes") is not None:
         exact_int8()
+
+
+def _scales_of_tokens(value: Any, args: Any, *rest: Any, **more: Any) -> Any:
+    """compressed-tensors takes tokens `[M, K]` without a batch to share one scale."""
+    from compressed_tensors.quantization.lifecycle import forward  # noqa: PLC0415
+
+    if args.strategy != "token" or value.ndim != 2:
+        return forward.unchanged(value, args, *rest, **more)
+    found = forward.unchanged(value[None], args, *rest, **more)
+    return tuple(None if each is None else each[0] for each in found)
 
 
 def _awq_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
