@@ -102,10 +102,10 @@ def test_a_plan_holds_what_the_compiler_says(model, tmp_path, capfd):
 
 @with_compiler
 def test_what_does_not_fit_is_a_result(model, tmp_path, capfd):
-    arguments = ["--topology", "v5e:1x1", "--batch", "512", "--context", "8192"]
+    arguments = ["--topology", "v5e:2x4", "--batch", "4096", "--context", "8192"]
     arguments += ["--steps", "decode", "--scheme", "bf16", "--out", str(tmp_path)]
     assert main(["plan", str(model), *arguments]) == 3
     assert "does not fit" in capfd.readouterr().out
-    (record,) = results.read(tmp_path / "small-v5e-1x1.jsonl")
+    (record,) = results.read(tmp_path / "small-v5e-2x4.jsonl")
     found = record.metrics["programs"]["decode"]
     assert found["needed_bytes"] > found["available_bytes"] > 15 * 2**30
