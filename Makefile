@@ -22,12 +22,13 @@ check: .venv/.test
 unit: .venv/.test
 	$(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
 
-# Kernels, compiled for hardware that is not there, each run with the compiler
+# Kernels and plans, compiled for hardware that is not there, each run with the compiler
 # that it finds. These lie apart: beside JAX they would be started by every program.
 # Counts are of one version of each only.
-kernels-check: .venv/.kernels
+kernels-check: .venv/.kernels .venv/.test
 	PYTHONPATH=.venv/libtpu $(BIN)/python kernels/bench/check.py
 	PYTHONPATH=.venv/cuda $(BIN)/python kernels/bench/check.py
+	$(BIN)/pytest -q tests/plan/test_command.py
 
 # uv resolves for every supported Python at once; see CONTRIBUTING.md.
 # torch brings its own exact CUDA pins, which must not bind the library.
