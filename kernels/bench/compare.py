@@ -92,7 +92,7 @@ def measure(case: Case) -> list[Record]:
         name = f"{case.generation} {label}"
         print(name, metrics, flush=True)
         config = {"form": label, "M": case.M, "K": case.K, "N": case.N}
-        records.append(Record(name, config, metrics, context()))
+        records.append(Record(name, config, metrics, context(case.program())))
     return records
 
 

@@ -96,7 +96,7 @@ def measure(label: str, case: Any) -> Record:
         "bundles": found["bundles"],
         "over_limit": found["over_limit"],
     }
-    return Record(label, program.config, metrics, context())
+    return Record(label, program.config, metrics, context(program))
 
 
 def main(words: list[str]) -> None:
