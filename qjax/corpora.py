@@ -7,6 +7,7 @@ them. Evaluate on other texts (`qjax.data`): these are training splits.
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from qjax.data import Text, hub_dataset
 Row = Mapping[str, Any]
 TEXT, JSON, LINES = (".txt", ".md"), (".json",), (".jsonl", ".ndjson")
 PARQUET = (".parquet",)
+FILES = (*TEXT, *JSON, *LINES, *PARQUET)
+DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 # ShareGPT's names of who speaks, and those of chat templates.
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 COLUMNS = ("text", "sentence", "messages", "conversations", "instruction")
@@ -59,7 +62,9 @@ def load_corpus(name: str | Path, *, streaming: bool = False) -> Corpus:
     (AWQ's copy of the validation split), "ultrachat" (200k conversations). Files: .txt
     (one document), .jsonl, .json (a list) and .parquet, with a column `text`,
     `messages`, `conversations` (ShareGPT) or `instruction` (with `input` and `output`);
-    .gz of the first three.
+    .gz of the first three. Any other dataset: a folder that `datasets` reads or its
+    name on the hub, "owner/name" or "owner/name:configuration", of which the training
+    split is taken.
 
     Args:
       name: the name or path.
@@ -73,13 +78,19 @@ def load_corpus(name: str | Path, *, streaming: bool = False) -> Corpus:
     if path.is_file():
         lines = _Lines(path, _reader(path))
         return Corpus(path.name, lines if streaming else list(lines))
-    if path.suffix:
+    if str(name) in HUB:
+        made, joint = HUB[str(name)]
+        return Corpus(str(name), made(streaming), joint)
+    if path.suffix in (*FILES, ".gz") and not path.is_dir():
         raise FileNotFoundError(f"corpus file {str(path)!r} does not exist")
-    if name not in HUB:
-        known = ", ".join(HUB)
-        raise ValueError(f"corpus {str(name)!r} is neither a file nor one of {known}")
-    made, joint = HUB[str(name)]
-    return Corpus(str(name), made(streaming), joint)
+    if path.is_dir() or DATASET.fullmatch(str(name)):
+        own = [str(name)] if path.is_dir() else str(name).split(":")
+        rows = hub_dataset(*own, split="train", streaming=streaming)
+        return Corpus(str(name), rows)
+    raise ValueError(
+        f"corpus {str(name)!r} is neither a file nor one of {', '.join(HUB)}, nor a "
+        "dataset, owner/name or a folder"
+    )
 
 
 def _wikitext2(streaming: bool) -> Any:

@@ -136,7 +136,7 @@ def test_unknown_names_and_missing_files(tmp_path):
         corpora.load_corpus(tmp_path / "a.parquet")
 
 
-def test_names_are_training_data_of_the_hub(monkeypatch):
+def test_names_are_training_data_of_the_hub(monkeypatch, tmp_path):
     asked = {}
 
     def load_dataset(path, *names, **options):
@@ -158,5 +158,11 @@ def test_names_are_training_data_of_the_hub(monkeypatch):
         "mit-han-lab/pile-val-backup": "validation",
         "HuggingFaceH4/ultrachat_200k": "train_sft",
     }
+    for name in ("own/set.v1", "own/set:en", str(tmp_path)):
+        assert corpora.load_corpus(name).text().text == texts["wikitext2"]
+    assert asked["own/set.v1"] == ((), {"split": "train", "streaming": False})
+    assert asked["own/set"][0] == ("en",) and str(tmp_path) in asked
+    with pytest.raises(ValueError, match="nor a dataset, owner/name or a folder"):
+        corpora.load_corpus("nowhere")
     corpora.load_corpus("c4", streaming=True)
     assert asked["allenai/c4"][1]["streaming"] is True

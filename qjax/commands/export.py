@@ -48,7 +48,14 @@ class Export:
             base=base or model.name,
             shard_bytes=int(self.shard_gb * 10**9),
         )
-        wide_console().print(f"wrote {self.out} ({self.format})")
+        console = wide_console()
+        bits = model.kv_bits
+        if bits is not None:
+            console.print(
+                f"note: keys and values were trained in {bits} bits, which the "
+                "checkpoint does not say: serve it with such a cache"
+            )
+        console.print(f"wrote {self.out} ({self.format})")
 
 
 def measured(file: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from qjax.io.checkpoint import MANIFEST, holds_quantized, read_manifest, restore
 from qjax.io.huggingface import find_folder, load_shell, load_weights, read_tokenizer
 from qjax.models.coded_cache import holds_cache_scales
 from qjax.trace.apply import apply
+from qjax.train.named import quantize_kv
 
 BUNDLED = Path(models.__file__).parent / "tiny_llama"
 # Tokens to read (0: all) and tokens per window: what GPTQ, AWQ and others after them
@@ -86,7 +87,8 @@ class TextOptions:
 class Model:
     """A model to run: `f(params, tokens)`, its configuration, name and folder.
 
-    `scan_layers`: whether its layers are stacked.
+    `scan_layers`: whether its layers are stacked; `kv_bits`: of keys and values, which
+    `f` rounds to them; None: it does not.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Model:
     config: Any
     folder: Path
     scan_layers: bool
+    kv_bits: int | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -127,8 +130,8 @@ def open_model(
     """A model by folder, by hub id, or the "bundled" one.
 
     A folder that `qjax quantize` wrote gives its quantized parameters, with the layers
-    as they were saved, whatever `scan_layers` says. Parameters keep the dtype they are
-    stored in.
+    as they were saved, whatever `scan_layers` says; one of `qjax qat --kv-bits` rounds
+    keys and values as it was trained. Parameters keep the dtype they are stored in.
 
     Args:
       model: a folder, a hub id, or "bundled".
@@ -149,7 +152,9 @@ def open_model(
             )
         stacked, params = _saved_stacked(folder), restore(folder)
         f, config = load_shell(folder, stacked, holds_cache_scales(params))
-        return Model(name, f, params, config, folder, stacked)
+        bits = read_manifest(folder)["metadata"].get("kv_bits")
+        f = f if bits is None else quantize_kv(f, bits)
+        return Model(name, f, params, config, folder, stacked, bits)
     f, params, config = load_weights(folder, scan_layers=scan_layers, lazy=lazy)
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     if in_float and any(map(is_quantized, leaves)):

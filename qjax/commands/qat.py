@@ -25,6 +25,7 @@ from qjax.train import (
     fake_quantize,
     finalize,
     generated_rows,
+    quantize_kv,
 )
 from qjax.train.step import TrainState, begin, next_token_loss, training_step
 
@@ -48,6 +49,8 @@ class TrainQuantized:
     """Weights that share a scale (None: all of an output feature)."""
     activation_bits: int | None = None
     """Bits of the activations, with a range for each token (None: float)."""
+    kv_bits: int | None = None
+    """Bits of keys and values, with a range for each token and head (None: float)."""
     targets: tuple[str, ...] = ()
     """Patterns of the weights to quantize (all but the head)."""
     ignore: tuple[str, ...] = ()
@@ -74,8 +77,9 @@ class TrainQuantized:
         teacher = self.open_teacher(model)
         data, optimiser = self.rows(model, teacher), self.training.optimiser()
         seen = partial(self.training.computing, stored=model.params)
+        f = model.f if self.kv_bits is None else quantize_kv(model.f, self.kv_bits)
         f_qat, qstate = fake_quantize(
-            model.f, seen(model.params), step, example=model.example
+            f, seen(model.params), step, example=model.example
         )
 
         def run(trained: Any, observed: Any, tokens: Any, key: Any) -> Any:
@@ -113,6 +117,7 @@ class TrainQuantized:
                 "model": model.name,
                 "scan_layers": model.scan_layers,
                 "trained": repr(step),
+                "kv_bits": self.kv_bits,
             },
             files=shell_files(model.folder),
             overwrite=self.overwrite,

@@ -11,9 +11,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from qjax.commands.inputs import Dtype, Model, TextOptions, computing
+from qjax.commands.inputs import Dtype, Model, computing
 from qjax.commands.output import wide_console
-from qjax.data import encode_text, windows
+from qjax.corpora import load_corpus
+from qjax.data import Text, encode_text, load_text, windows
 from qjax.plots import loss_plot
 from qjax.train.loop import read_metrics, run_job
 from qjax.train.offload import offloaded
@@ -26,9 +27,11 @@ class TrainingOptions:
     """The text to train on, and how."""
 
     text: Path | None = None
-    """A UTF-8 text file, in place of a dataset."""
+    """A file, in place of a dataset: .txt, .json, .jsonl or .parquet, with a column of
+    texts, messages or instructions; .gz of the first three."""
     dataset: str | None = None
-    """A named text: pydoc (the default, offline), wikitext2, c4 or ptb."""
+    """Training text by name: pydoc (the default, offline), wikitext2, c4, ptb, pile,
+    ultrachat, or any of `datasets`: a folder, owner/name, owner/name:configuration."""
     length: int = 128
     """Tokens in a window, at most the model's context."""
     batch: int = 8
@@ -119,8 +122,7 @@ class TrainingOptions:
         """
         if model.tokenizer is None:
             raise ValueError(f"{model.name} has no tokenizer to read the text with")
-        dataset: Any = self.dataset
-        text = TextOptions(text=self.text, dataset=dataset).load()
+        text = self.training_text(model.tokenizer)
         context = getattr(model.config, "context", None) or self.length
         cut = windows(encode_text(model.tokenizer, text), min(self.length, context))
         if len(cut.tokens) <= self.held_out:
@@ -129,6 +131,19 @@ class TrainingOptions:
                 f"--held-out {self.held_out} leaves none to train on"
             )
         return cut.tokens[: -self.held_out], cut.tokens[-self.held_out :]
+
+    def training_text(self, tokenizer: Any) -> Text:
+        """The text.
+
+        Raises:
+          ValueError: two texts are asked for, or there is none of that name.
+          OSError: it cannot be had.
+        """
+        if self.text is not None and self.dataset is not None:
+            raise ValueError("--text and --dataset name two texts: give one of them")
+        if self.text is None and self.dataset in (None, "pydoc"):
+            return load_text("pydoc")
+        return load_corpus(self.text or str(self.dataset)).text(tokenizer)
 
     def batches(self, rows: np.ndarray, number: int) -> np.ndarray:
         """The windows of a step, `[accumulate, batch, length]`: drawn by its number."""

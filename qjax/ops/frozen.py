@@ -1,35 +1,36 @@
 """`x @ W` for a weight that is not trained: decoded piece by piece, there and back.
 
-    y[:, n] = x W[:, n],      dx = sum_n dy[:, n] W[:, n]^T
+With `y = ((x T_in) @ (sum Q_i + L R)) T_out + b`, codes `Q_i` that meet a float input
+are decoded a few columns at a time (`qjax/ops/pieces.py`) in both passes, and codes
+that meet a coded input in the backward pass, which is straight through the rounding.
+The backward pass needs the codes, and of a coded input the input itself: no float
+weight is kept for it, and no float array of the whole weight is made in either pass.
 
-with `n` one piece of the columns after the other. The backward pass needs the codes
-alone: neither `x` nor a float weight is kept for it, and no float array of the whole
-weight is made in either pass.
+Limits: outliers `S` are spread over a float matrix (`takes` refuses them); a kernel, or
+a TPU's form with scales on sums, decodes as it multiplies; of experts a piece is as
+large as one expert, or 128 columns of all of them.
 """
 
-from dataclasses import replace
 from functools import partial, reduce
 from operator import add
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from qjax.core.coded import Coded
-from qjax.core.qtensor import QTensor, SiteActs
-from qjax.ops.kernels import Choice, kernel_product
-from qjax.ops.matmul import chosen_for, promoted
-from qjax.ops.sums import sums_product
+from qjax.core.qtensor import QTensor, SiteActs, factor
+from qjax.ops import pieces
+from qjax.ops.activations import coded_values, of_rows
+from qjax.ops.kernels import Choice
+from qjax.ops.matmul import chosen_for, product_of, promoted, rotation_for
+from qjax.ops.outliers import split_outliers
+from qjax.ops.ragged import ragged_chosen_for, ragged_product_of
 
-PIECES = 8
-LANES = 128  # of a TPU's registers: pieces of whole ones where there are several
 
-
-def takes(q: QTensor, site: int = 0) -> bool:
-    """Whether a leaf is nothing but codes that meet a float activation."""
-    bare = q.left is None and q.sparse is None and q.bias is None and not q.moved
-    return bare and q.site(site).activation is None and all(map(_pieces, q.parts))
+def takes(q: QTensor) -> bool:
+    """Whether a leaf can be decoded piece by piece: it has no outliers `S`."""
+    return q.sparse is None
 
 
 def frozen_matmul(
@@ -48,78 +49,118 @@ def frozen_matmul(
     x = promoted(x, q, weight_dtype)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     chosen = chosen_for(x, q, site, "auto", None)
-    pairs = zip(q.parts, chosen)
-    return reduce(add, (_product(x, part, dtype, precision, c) for part, c in pairs))
+    turning = rotation_for(x, q, site, "auto", None)
+    generation = None if turning is None else turning.generation
+    return _product(x, q, site, dtype, precision, chosen, generation)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x: Any, part: Coded, dtype: Any, precision: Any, choice: Choice) -> Any:
-    if choice.generation is not None:
-        decoded = lambda x, acts, part: _by_piece(x, part, dtype, precision)
-        generation = choice.generation
-        return kernel_product(x, SiteActs(), part, dtype, generation, decoded)
-    if choice.sums:
-        return sums_product(x, part, dtype, precision)
-    return _by_piece(x, part, dtype, precision)
+def frozen_ragged(
+    x: Float[Array, "M K"],
+    q: QTensor,
+    group_sizes: Int[Array, " E"],
+    *,
+    site: int = 0,
+    dtype: Any = None,
+    weight_dtype: Any = None,
+    precision: Any = None,
+) -> Float[Array, "M N"]:
+    """`qjax.ops.ragged_matmul` of experts that are only coded; as `frozen_matmul`."""
+    x = promoted(x, q, weight_dtype)
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    chosen = ragged_chosen_for(x, q, site, "auto", None)
+    return _experts(x, q, group_sizes, site, dtype, precision, chosen.generation)
 
 
-def _kept(x: Any, part: Coded, *static: Any) -> Any:
-    # An empty array carries the activation's dtype.
-    return _product(x, part, *static), (part, jnp.zeros((0,), x.dtype))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _product(
+    x: Any,
+    q: QTensor,
+    site: int,
+    dtype: Any,
+    precision: Any,
+    chosen: tuple[Choice, ...],
+    turning: str | None,
+) -> Any:
+    return product_of(x, q, site, dtype, precision, chosen, turning, True)
 
 
-def _back(dtype: Any, precision: Any, choice: Choice, kept: Any, dy: Any) -> Any:
-    part, like = kept
-    decoded, count = _piece_of(part, like.dtype), _pieces(part)
-    width = part.shape[1] // count
-
-    def add_piece(total: Any, i: Any) -> Any:
-        w = jnp.swapaxes(decoded(i), -1, -2)
-        each = jax.lax.dynamic_slice_in_dim(dy, i * width, width, -1)
-        kind = {"precision": precision, "preferred_element_type": jnp.float32}
-        return total + jnp.matmul(each.astype(like.dtype), w, **kind), None
-
-    start = jnp.zeros((*dy.shape[:-1], part.shape[0]), jnp.float32)
-    dx, _ = jax.lax.scan(add_piece, start, jnp.arange(count))
-    return dx.astype(like.dtype), None
+def _kept(x: Any, acts: SiteActs) -> Any:
+    """What the backward pass needs of the input; an empty array carries its dtype."""
+    return jnp.zeros((0,), x.dtype) if acts.activation is None else x
 
 
-_product.defvjp(_kept, _back)
+def _product_kept(x: Any, q: QTensor, site: int, *static: Any) -> Any:
+    return _product(x, q, site, *static), (_kept(x, q.site(site)), q)
 
 
-def _by_piece(x: Any, part: Coded, dtype: Any, precision: Any) -> Any:
-    decoded, count = _piece_of(part, x.dtype), _pieces(part)
-    dot = partial(jnp.matmul, precision=precision, preferred_element_type=dtype)
-    if count == 1:
-        return dot(x, decoded(0))
-    y = jax.lax.map(lambda i: dot(x, decoded(i)), jnp.arange(count))
-    y = jnp.moveaxis(y, 0, -2)  # [*batch, M, pieces, width]
-    return y.reshape(*y.shape[:-2], part.shape[1])
+def _product_back(
+    site: int, dtype: Any, precision: Any, chosen: Any, turning: Any, kept: Any, dy: Any
+) -> Any:
+    x, q = kept
+    acts, like = q.site(site), x.dtype
+    wide = {"precision": precision, "preferred_element_type": jnp.float32}
+    dot = partial(jnp.matmul, **wide)
+    dy = _through(acts.t_out, dy, q.layout.N)
+    terms = [pieces.backward(dot, dy, part, like) for part in q.parts]
+    dx = reduce(add, terms).astype(like) if terms else None
+    if acts.activation is not None and dx is not None:
+        inner = x if acts.t_in is None else acts.t_in(x)
+        dx = jax.vjp(partial(_values, acts), inner)[1](dx)[0]
+    if q.left is not None:
+        left, right = (jnp.swapaxes(factor(f, like), -1, -2) for f in (q.left, q.right))
+        branch = dot(dot(dy.astype(like), right).astype(like), left).astype(like)
+        dx = branch if dx is None else dx + branch
+    return _through(acts.t_in, dx, q.layout.K), None
 
 
-def _pieces(part: Coded) -> int:
-    """Into how many pieces the columns are cut; 0: packed, or scales not by column."""
-    N = part.shape[1]
-    if type(part) is not Coded or part.format.granularity.cols not in (1, None):
-        return 0
-    even = [n for n in range(1, PIECES + 1) if N % n == 0]
-    whole = [n for n in even if N // n % LANES == 0]
-    return max(whole) if max(whole, default=1) > 1 else max(even)
+_product.defvjp(_product_kept, _product_back)
 
 
-def _piece_of(part: Coded, dtype: Any) -> Any:
-    """`decoded(i)`, the float weight `[..., K, N / pieces]` of one piece."""
-    K, N = part.shape
-    grid, width = part.grid(), N // _pieces(part)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _experts(
+    x: Any,
+    q: QTensor,
+    sizes: Any,
+    site: int,
+    dtype: Any,
+    precision: Any,
+    generation: str | None,
+) -> Any:
+    return ragged_product_of(x, q, sizes, site, dtype, precision, generation, True)
 
-    def cut(values: Any, i: Any) -> Any:
-        if values is None or values.shape[-1] != N or N == 1:
-            return values
-        return jax.lax.dynamic_slice_in_dim(values, i * width, width, -1)
 
-    def decoded(i: Any) -> Any:
-        own = replace(part, codes=cut(part.codes, i), shape=(K, width))
-        scales = replace(grid, scale=cut(grid.scale, i), zero=cut(grid.zero, i))
-        return part.format.from_codes(own.unpack(), scales).astype(dtype)
+def _experts_kept(x: Any, q: QTensor, sizes: Any, site: int, *static: Any) -> Any:
+    return _experts(x, q, sizes, site, *static), (_kept(x, q.site(site)), q, sizes)
 
-    return decoded
+
+def _experts_back(
+    site: int, dtype: Any, precision: Any, generation: Any, kept: Any, dy: Any
+) -> Any:
+    x, q, sizes = kept
+    wide = {"precision": precision, "preferred_element_type": jnp.float32}
+    dot = partial(jax.lax.ragged_dot, group_sizes=sizes, **wide)
+    terms = [pieces.backward(dot, dy, part, x.dtype) for part in q.parts]
+    dx = reduce(add, terms).astype(x.dtype)
+    acts = q.site(site)
+    if acts.activation is not None:
+        rows = of_rows(acts, sizes, x.shape[0])
+        dx = jax.vjp(partial(coded_values, acts=rows), x)[1](dx)[0]
+    return dx, None, None
+
+
+_experts.defvjp(_experts_kept, _experts_back)
+
+
+def _values(acts: SiteActs, x: Any) -> Any:
+    """What codes stand for, and features that stay in float."""
+    x, beside, acts = split_outliers(x, acts)
+    values = coded_values(x, acts)
+    return values if beside is None else values + beside
+
+
+def _through(transform: Any, dy: Any, size: int) -> Any:
+    """`dy @ T^T`, of `size` features."""
+    if transform is None:
+        return dy
+    like = jax.ShapeDtypeStruct((*dy.shape[:-1], size), dy.dtype)
+    return jax.linear_transpose(transform, like)(dy)[0]

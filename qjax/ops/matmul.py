@@ -11,6 +11,7 @@ from qjax.core.coded import Coded
 from qjax.core.formats import Float, Int
 from qjax.core.qtensor import QTensor, SiteActs
 from qjax.core.scales import Grid
+from qjax.ops import pieces
 from qjax.ops.activations import (
     CodedInput,
     code_input,
@@ -67,7 +68,7 @@ def matmul(
     chosen = chosen_for(x, q, site, implementation, target)
     turning = rotation_for(x, q, site, implementation, target)
     generation = None if turning is None else turning.generation
-    return _qmatmul(x, q, site, dtype, precision, chosen, generation)
+    return product_of(x, q, site, dtype, precision, chosen, generation, False)
 
 
 def chosen_for(
@@ -125,7 +126,9 @@ def _matmul(
     precision: Any,
     chosen: tuple[Choice, ...],
     turning: str | None,
+    by_piece: bool,
 ) -> Any:
+    decoded = pieces.forward if by_piece else _decoded_product
     acts = q.site(site)
     x = whole = x if acts.t_in is None else turned(x, acts.t_in, turning)
     dot = partial(jnp.matmul, precision=precision, preferred_element_type=dtype)
@@ -163,10 +166,10 @@ def _matmul(
         terms += [_coded_product(x, acts, p, dtype, dot, least, False) for p in coded]
         x = coded_values(x, acts)
         if kept is not None:
-            terms += [_decoded_product(dot, kept, part) for part in coded]
+            terms += [decoded(dot, kept, part) for part in coded]
             x = x + kept
         values = [p for p, way in zip(values, ways) if way == "values"]
-    terms += [_decoded_product(dot, x, part) for part in values]
+    terms += [decoded(dot, x, part) for part in values]
     if q.left is not None:
         narrow = partial(jnp.matmul, precision=precision)
         inner = _factor_product(narrow, whole, q.left)
@@ -179,7 +182,8 @@ def _matmul(
 
 
 _matmul.__name__ = "qmatmul"
-_qmatmul = jax.jit(_matmul, static_argnums=(2, 3, 4, 5, 6))
+product_of = jax.jit(_matmul, static_argnums=(2, 3, 4, 5, 6, 7))
+"""What `matmul` runs; by piece, decoded weights are, and nothing is differentiated."""
 
 
 def _values(dot: Any, x: Any, acts: SiteActs, part: Coded) -> Any:

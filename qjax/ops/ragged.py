@@ -1,6 +1,7 @@
 """`lax.ragged_dot` with quantized experts."""
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from qjax.core.coded import Coded
 from qjax.core.formats import Int
 from qjax.core.qtensor import QTensor, SiteActs
+from qjax.ops import pieces
 from qjax.ops.activations import code_input, coded_values, integers, of_rows
 from qjax.ops.kernels import Choice, check_implementation
 from qjax.ops.matmul import promoted
@@ -55,7 +57,9 @@ def ragged_matmul(
     x = promoted(x, q, weight_dtype)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     chosen = ragged_chosen_for(x, q, site, implementation, target)
-    return _qragged(x, q, group_sizes, site, dtype, precision, chosen.generation)
+    return ragged_product_of(
+        x, q, group_sizes, site, dtype, precision, chosen.generation, False
+    )
 
 
 def ragged_chosen_for(
@@ -93,6 +97,7 @@ def _ragged(
     dtype: Any,
     precision: Any,
     generation: str | None,
+    by_piece: bool,
 ) -> Any:
     acts = of_rows(q.site(site), group_sizes, x.shape[0])
     if generation is not None:
@@ -110,6 +115,8 @@ def _ragged(
         y = _coded_ragged(x, acts, q.parts[0], group_sizes)
         return y.astype(dtype)
     x = x if acts.activation is None else coded_values(x, acts)
+    if by_piece:
+        return reduce(add, (pieces.forward(dot, x, part) for part in q.parts))
 
     # Decoded again in the backward pass, which keeps no float weight.
     @jax.checkpoint
@@ -134,7 +141,8 @@ def _values(
 
 
 _ragged.__name__ = "qragged_matmul"
-_qragged = jax.jit(_ragged, static_argnums=(3, 4, 5, 6))
+ragged_product_of = jax.jit(_ragged, static_argnums=(3, 4, 5, 6, 7))
+"""What `ragged_matmul` runs; by piece as `qjax.ops.matmul.product_of`."""
 
 
 @jax.custom_jvp

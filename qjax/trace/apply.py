@@ -108,10 +108,11 @@ def low_bit(
         "ragged_dot": partial(_ragged, **how),
         "embedding": _embedding,
     }[call.kind]
-    return run(eqn, call, weight, operands, site), f"low-bit: {_how(call, q, site)}"
+    return run(eqn, call, weight, operands, site), f"low-bit: {runs_as(call, q, site)}"
 
 
-def _how(call: Call, q: QTensor, site: int) -> str:
+def runs_as(call: Call, q: QTensor, site: int) -> str:
+    """In words, how a site runs on a leaf's codes."""
     if call.kind == "embedding":
         return f"{q.parts[0].format.name} rows, decoded after the lookup"
     if call.kind == "ragged_dot" and ragged_contraction(q, site) == "int":

@@ -9,7 +9,7 @@ from qjax.train.llm_qat import distillation_loss, generated_rows
 from qjax.train.lora import Adapters, LoRA, lora, merge_lora
 from qjax.train.lsq import LSQ
 from qjax.train.lsq_plus import LSQPlus
-from qjax.train.named import quantize_named
+from qjax.train.named import quantize_kv, quantize_named
 from qjax.train.observed import Observed
 from qjax.train.pact import PACT
 from qjax.train.paretoq import ParetoQ
@@ -45,6 +45,7 @@ __all__ = [
     "initialise_lora",
     "lora",
     "merge_lora",
+    "quantize_kv",
     "quantize_named",
     "save_peft",
     "scales_of",

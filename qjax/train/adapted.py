@@ -1,6 +1,8 @@
 """A frozen leaf with a trained low-rank term beside it."""
 
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import jax
@@ -9,11 +11,11 @@ import jax.numpy as jnp
 from qjax.core.carrier import Carrier
 from qjax.core.layout import Layout
 from qjax.core.pytrees import register
-from qjax.core.qtensor import QTensor
-from qjax.ops import how
-from qjax.ops.frozen import frozen_matmul, takes
+from qjax.core.qtensor import QTensor, factor
+from qjax.ops.frozen import frozen_matmul, frozen_ragged, takes
+from qjax.ops.pieces import Cut, by_columns, columns, cut_of, cut_parts, decoder
 from qjax.trace import compat
-from qjax.trace.apply import low_bit, other_axes, refusal
+from qjax.trace.apply import low_bit, other_axes, refusal, runs_as
 from qjax.trace.contractions import Call
 from qjax.trace.views import Tracked, as_array
 
@@ -66,12 +68,24 @@ class Adapted(Carrier):
     def gain(self) -> Any:
         """DoRA's `m / ||W + s A B||`, `[..., N]`; the norm is a constant.
 
-        Section 4.3 of the paper leaves the norm out of the gradient. One float weight
-        at a time is made for it, and none is kept.
+        Section 4.3 of the paper leaves the norm out of the gradient.
         """
-        w = jax.lax.stop_gradient(self.frozen(jnp.float32) + self.delta(jnp.float32))
-        norm = jnp.sqrt(jnp.sum(jnp.square(w), axis=-2))
+        norm = jax.lax.stop_gradient(self.norm())
         return self.magnitude / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+
+    def norm(self) -> jax.Array:
+        """`||W + s A B||` of each output feature, `[..., N]` in float32.
+
+        A few columns are decoded at a time; a frozen weight with a transform or with
+        outliers is decoded whole.
+        """
+        frozen, cut = _by_columns(self.base, self.layout)
+
+        def squares(start: Any, width: int) -> Any:
+            delta = replace(self, b=columns(self.b, start, width)).delta(jnp.float32)
+            return jnp.sum(jnp.square(frozen(start, width) + delta), axis=-2)
+
+        return jnp.sqrt(by_columns(squares, cut))
 
     def merged(self) -> jax.Array:
         """The float weight that it stands for, `[..., K, N]` in float32."""
@@ -97,6 +111,27 @@ register(
     ("base", "a", "b", "magnitude", "key"),
     ("layout", "dtype", "scaling", "dropout"),
 )
+
+
+def _by_columns(base: Any, layout: Layout) -> tuple[Any, Cut]:
+    """`w(start, width)`, columns of the frozen weight in float32, and their cut."""
+    if isinstance(base, QTensor) and base.parts and takes(base) and not base.moved:
+        terms = [decoder(part, jnp.float32) for part in base.parts]
+        if base.left is not None:
+            left, right = (factor(f, jnp.float32) for f in (base.left, base.right))
+            terms.append(lambda start, width: left @ columns(right, start, width))
+
+        def coded(start: Any, width: int) -> Any:
+            return reduce(add, (term(start, width) for term in terms))
+
+        return coded, cut_parts(*base.parts)
+    quantized = isinstance(base, QTensor)
+    whole = base.matrix(jnp.float32) if quantized else layout.to_matrix(base)
+
+    def given(start: Any, width: int) -> Any:
+        return columns(whole, start, width).astype(jnp.float32)
+
+    return given, cut_of(layout.N)
 
 
 def adapted_rule(
@@ -145,19 +180,20 @@ def _frozen(
 def _low_bit(
     eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int
 ) -> tuple[Any, str]:
-    """`low_bit`, piece by piece where the leaf is nothing but codes."""
+    """`low_bit`, piece by piece where the leaf can be decoded so."""
     q = weight.value
-    if call.kind != "dot" or refusal(q, weight, call) or not takes(q, site):
+    if refusal(q, weight, call) or not takes(q):
         return low_bit(eqn, call, weight, operands, site)
-    y = frozen_matmul(
-        call.matrix(operands[call.operand]),
-        q,
-        site=site,
-        dtype=eqn.outvars[0].aval.dtype,
-        weight_dtype=weight.dtype,
-        precision=eqn.params["precision"],
-    )
-    return call.finish(y), f"low-bit: {how(q, site)}"
+    how = {
+        "site": site,
+        "dtype": eqn.outvars[0].aval.dtype,
+        "weight_dtype": weight.dtype,
+        "precision": eqn.params["precision"],
+    }
+    x, runs = operands[call.operand], f"low-bit: {runs_as(call, q, site)}, by piece"
+    if call.kind == "ragged_dot":
+        return frozen_ragged(x, q, operands[2], **how), runs
+    return call.finish(frozen_matmul(call.matrix(x), q, **how)), runs
 
 
 def _ragged(leaf: Adapted, x: jax.Array, group_sizes: Any) -> jax.Array:

@@ -225,8 +225,7 @@ def _initial(config: LoRA, place: Place, leaf: Any, key: Any) -> dict[str, Any]:
     factors = {"a": a, "b": jnp.zeros((*place.lead, config.rank, N), jnp.float32)}
     if config.dora:
         alone = adapted(config, place, factors, leaf)
-        norms = jax.jit(lambda x: jnp.linalg.norm(x.frozen(jnp.float32), axis=-2))
-        factors["magnitude"] = norms(alone)
+        factors["magnitude"] = jax.jit(Adapted.norm)(alone)
     return factors
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from qjax.core.formats import Format
+from qjax.core.formats import Format, Int, token
 from qjax.trace.apply import evaluated, low_bit
 from qjax.trace.compat import names_in
 from qjax.trace.control import interpreter
 from qjax.trace.program import trace
-from qjax.train.quantizers import InputQuantizer, fake_input
+from qjax.train.quantizers import InputQuantizer, check_bits, fake_input
 from qjax.train.straight_through import StraightThrough
 
 
@@ -60,6 +60,21 @@ def quantize_named(
         return evaluated(program, body)
 
     return f_named
+
+
+def quantize_kv(f: Callable[..., Any], bits: int) -> Callable[..., Any]:
+    """`f` with keys and values of `bits` bits, symmetric, a scale for each vector.
+
+    The scale is the largest magnitude over the largest code, for every token and head,
+    as a coded cache has it (`f.init_cache(..., Int(4))` of `qjax.models`): rounded so
+    in training, keys and values are stored there as they are.
+
+    Raises:
+      ValueError: `bits` is not a whole number from 2 to 8.
+    """
+    check_bits("quantize_kv", bits, 2, 8)
+    format = Int(bits, token(), scale_rule="narrow")
+    return quantize_named(f, {"keys": format, "values": format})
 
 
 def _method(name: str, given: Any) -> InputQuantizer:

@@ -40,7 +40,7 @@ def fake_quantize(
     methods that round at random do so.
 
     Args:
-      f: `f(params, *inputs)`.
+      f: `f(params, *inputs)`; `quantize_kv(f, 4)` for keys and values in 4 bits too.
       params: float leaves in memory; leaves that are already quantized stay so.
       recipe: a `QAT` step or a tuple of them, the first that matches takes a site;
         `RTN` stands for the straight-through estimator of its formats.

@@ -1,5 +1,6 @@
 """`qjax qat` and `qjax finetune` on a tiny Llama."""
 
+import gzip
 import json
 import shutil
 
@@ -90,12 +91,19 @@ def test_qat_trains_resumes_and_saves(model, text, tmp_path, capsys):
 
 def test_qat_without_data_learns_the_teachers_logits(model, text, tmp_path, capsys):
     options = ["--teacher=self", "--data=generated", "--windows=6", *TRAINING]
-    options += ["--method=ste", "--bits=8"]
+    options += ["--method=ste", "--bits=8", "--kv-bits=8"]
     code, printed = run(capsys, "qat", model, tmp_path / "a", *options)
     assert code == 0, printed.err
     # At 8 bits the start is at the least that can be had: the teacher's entropy.
     found = losses(tmp_path / "a.run")
     assert max(found) - min(found) < 0.02 and max(found) < np.log(128)
+    # Keys and values are served as they were trained.
+    trained, tokens = open_model(str(tmp_path / "a")), np.arange(16)[None]
+    exact = jax.jit(qjax.apply(trained.f))(trained.params, tokens)
+    plain = open_model(str(model)).f
+    for f, same in ((qjax.quantize_kv(plain, 8), True), (plain, False)):
+        logits = jax.jit(qjax.apply(f))(trained.params, tokens)
+        assert np.array_equal(logits, exact) == same
     code, printed = run(capsys, "qat", model, tmp_path / "b", *options, "--text=x")
     assert code == 1 and "--data generated needs no text" in printed.err
     options[0] = "--teacher=bundled"
@@ -104,9 +112,12 @@ def test_qat_without_data_learns_the_teachers_logits(model, text, tmp_path, caps
 
 
 def test_finetune_writes_a_peft_folder(model, text, tmp_path, capsys):
+    """From documents in a packed file."""
     options = ["--scheme=NF4_DQ", "--rank=4", "--dropout=0.1", *TRAINING]
-    out = tmp_path / "adapter"
-    code, printed = run(capsys, "finetune", model, out, f"--text={text}", *options)
+    out, file = tmp_path / "adapter", tmp_path / "documents.jsonl.gz"
+    with gzip.open(file, "wt") as packed:
+        packed.write(2 * (json.dumps({"text": text.read_text()}) + "\n"))
+    code, printed = run(capsys, "finetune", model, out, f"--text={file}", *options)
     assert code == 0, printed.err
     assert "trained parameters" in printed.out
     body = json.loads((out / "adapter_config.json").read_text())

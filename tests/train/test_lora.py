@@ -41,7 +41,7 @@ def unrolled(p, x):
 
 
 def experts(p, x):
-    sizes = jnp.array([2, 0, 4], jnp.int32)
+    sizes = jnp.zeros(len(p["in"]), jnp.int32).at[0].set(2).at[2].set(4)
     h = jnp.tanh(jax.lax.ragged_dot(x, p["in"], sizes))
     return jax.lax.ragged_dot(h, p["out"], sizes)
 
@@ -168,21 +168,37 @@ def arrays_in(jaxpr):
                 yield from arrays_in(compat.body(value)[0])
 
 
-def test_no_pass_makes_a_whole_float_weight():
+def largest(gradient, *at):
+    made = arrays_in(jax.make_jaxpr(gradient)(*at).jaxpr)
+    floats = [a for a in made if jnp.issubdtype(a.dtype, jnp.floating)]
+    return max(a.size for a in floats)
+
+
+WIDE = {"in": normal(1, 4, K, H), "out": normal(2, 4, H, N)}
+UNEVEN = {"layers": {"a": normal(1, L, K, 113), "b": normal(2, L, 113, K)}}
+
+
+@pytest.mark.parametrize(
+    ("f", "params", "recipe", "dora"),
+    [
+        (scanned, STACK, NF4, False),
+        (scanned, STACK, NF4, True),
+        (scanned, STACK, qjax.RTN("W8A8"), False),
+        (scanned, UNEVEN, qjax.RTN("W8A16"), False),
+        (experts, WIDE, NF4, False),
+    ],
+)
+def test_no_pass_makes_a_whole_float_weight(f, params, recipe, dora):
     """Neither forward nor backward; `apply` decodes whole ones."""
-    q = quantized(scanned, STACK)
-
-    def largest(gradient, *at):
-        made = arrays_in(jax.make_jaxpr(gradient)(*at).jaxpr)
-        floats = [a for a in made if jnp.issubdtype(a.dtype, jnp.floating)]
-        return max(a.size for a in floats)
-
-    f_lora, adapters = started(scanned, q)
+    q = quantized(f, params, recipe)
+    f_lora, adapters = started(f, q, dora=dora)
     mine = jax.grad(lambda a, q: f_lora(a, q, X).sum())
-    # The largest are a layer's adapters, and pieces of a weight.
-    assert largest(mine, adapters, q) <= max(K * H // 8, L * H * R)
-    decoding = jax.grad(lambda x, q: qjax.apply(scanned)(q, x).sum())
-    assert largest(decoding, X, q) == K * H
+    # The largest are a leaf's adapters, and pieces of a weight or of all experts.
+    sizes = [x.size for x in jax.tree.leaves(adapters)]
+    piece = K * H if f is experts else K * H // 7
+    assert largest(mine, adapters, q) <= max(piece, *sizes)
+    decoding = jax.grad(lambda x, q: qjax.apply(f)(q, x).sum())
+    assert largest(decoding, X, q) >= K * 113
 
 
 def test_bf16_gradients_are_those_of_the_decoded_model_to_its_rounding():

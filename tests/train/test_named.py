@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import qjax
 from qjax.models import functional, generate, llama, rope
+from qjax.ops.kv_cache import encode
 from qjax.train import quantize_named
 
 INT4 = qjax.Int(4, qjax.token(), scale_rule="narrow")
@@ -95,6 +96,23 @@ def test_a_cache_holds_the_rounded_values():
     assert not np.allclose(logits, jax.jit(plain)(params, out), atol=1e-2)
     everything = FORMATS | {"queries": INT4, "attention": qjax.Int(8, qjax.token())}
     jax.eval_shape(quantize_named(plain, everything), params, tokens)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_coded_cache_stores_them_as_they_were_trained(bits):
+    """Its codes and scales give back every bit, so that nothing is rounded twice."""
+
+    def f(p, x):
+        return checkpoint_name(x, "keys") + checkpoint_name(x, "values")
+
+    x = jnp.asarray(RNG.normal(size=(2, 3, 4, 8)), jnp.float32)
+    values = qjax.quantize_kv(f, bits)((), x) / 2
+    codes, scale = encode(values, f"int{bits}")
+    decoded = codes.astype(jnp.float32) * scale[..., None]
+    np.testing.assert_allclose(decoded, values, rtol=2e-7)
+    assert np.abs(values - x).max() > 1e-3
+    with pytest.raises(ValueError, match=r"quantize_kv\.bits must be a whole number"):
+        qjax.quantize_kv(f, 9)
 
 
 def test_bad_arguments():

@@ -1,0 +1,281 @@
+"""The bundled Llama, trained quantized for a short time: what later papers train.
+
+Windows of 64 tokens, 8 of them a step, all steps in one program (`lax.scan`). `loss`
+is the negative log-likelihood of held-out windows in nats for each token, `kl` the
+divergence from the float model there.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import qjax
+from qjax.commands.compare import quantized_bits
+from qjax.commands.inputs import BUNDLED
+from qjax.core.formats import Codebook
+from qjax.data import encode_text, file_text, load_text
+from qjax.evals import Protocol, Yardstick
+from qjax.io.huggingface import load_weights, read_tokenizer
+from qjax.train.step import TrainState, begin, next_token_loss, training_step
+
+LENGTH, BATCH, HELD = 64, 8, 64
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is trained and scored on: general text, and a new domain."""
+
+    general: Path
+    domain: Path
+
+
+@cache
+def model() -> tuple[Any, Any]:
+    """`(f, params)` in float32."""
+    return load_weights(BUNDLED, dtype=jnp.float32, scan_layers=True)[:2]
+
+
+@cache
+def windows(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Windows to train on, and those at the end, which are held out."""
+    tokens = encode_text(read_tokenizer(BUNDLED), file_text(path))[: 2**19]
+    cut = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    return cut[:-HELD], cut[-HELD:]
+
+
+Run = Callable[[Any, Any], Any]
+"""`run(trained, tokens) -> logits`, `trained` as the job has it."""
+
+
+def scored(run: Run, trained: Any, held: np.ndarray) -> dict[str, float]:
+    """Loss and divergence on held-out windows."""
+    f, params = model()
+
+    @jax.jit
+    def one(trained: Any, tokens: Any) -> Any:
+        exact = jax.nn.log_softmax(f(params, tokens))
+        logits = run(trained, tokens)
+        mine = jax.nn.log_softmax(logits)
+        kl = jnp.sum(jnp.exp(exact) * (exact - mine), -1).mean()
+        return next_token_loss(logits, tokens), kl
+
+    parts = [one(trained, jnp.asarray(rows)) for rows in np.split(held, 4)]
+    loss, kl = np.mean(jax.device_get(parts), 0)
+    return {"loss": float(loss), "perplexity": float(np.exp(loss)), "kl": float(kl)}
+
+
+def job(
+    run: Run,
+    trained: Any,
+    data: tuple[np.ndarray, np.ndarray],
+    steps: int,
+    rate: float,
+    teacher: Any = None,
+) -> tuple[Any, dict[str, float], list[float]]:
+    """What was trained, its metrics, and the loss of every step."""
+    warm = steps // 10
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, steps)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+    def loss(trained: Any, _: Any, tokens: Any, key: Any, known: Any) -> Any:
+        logits = run(trained, tokens)
+        if known is None:
+            return next_token_loss(logits, tokens), None
+        return qjax.distillation_loss(logits, model()[0](known, tokens)), None
+
+    step = training_step(loss, optimiser)
+
+    @jax.jit
+    def all_steps(state: TrainState, batches: Any, known: Any) -> Any:
+        key = jax.random.key(0)
+        return jax.lax.scan(lambda s, b: step(s, b, key, known), state, batches)
+
+    rows, held = data
+    chosen = np.random.default_rng(0).integers(0, len(rows), (steps, 1, BATCH))
+    state, losses = all_steps(
+        begin(trained, optimiser), jnp.asarray(rows[chosen]), teacher
+    )
+    metrics = scored(run, state.trained, held)
+    return state.trained, metrics, np.asarray(losses).tolist()
+
+
+def quantizing(
+    step: qjax.QAT, f: Any = None, params: Any = None, rows: Any = None
+) -> tuple[Any, Any]:
+    """The bundled model quantized in training: how it runs, and what is trained.
+
+    `rows` are seen by methods whose ranges start from activations.
+    """
+    own, start = model()
+    f, start = own if f is None else f, start if params is None else params
+    rows = np.zeros((BATCH, LENGTH), np.int32) if rows is None else rows
+    f_qat, state = qjax.fake_quantize(f, start, step, [(jnp.asarray(rows),)])
+    return partial(quantized, f_qat, state=state), (start, state.trained)
+
+
+def quantized(f_qat: Any, trained: Any, tokens: Any, state: Any) -> Any:
+    """The logits in training."""
+    return f_qat(trained[0], replace(state, trained=trained[1]), tokens)[0]
+
+
+Found = tuple[dict[str, dict[str, float]], dict[str, list[float]]]
+"""Metrics and losses of every row, by label."""
+
+
+def paretoq(texts: Texts) -> Found:
+    """Two bits for every output feature."""
+    data, found, curves = windows(texts.general), {}, {}
+    f, params = model()
+    found["float"] = scored(f, params, data[1])
+    size = qjax.Int(2, qjax.channel())
+    methods = {
+        "fixed ranges 2 bits": qjax.StraightThrough(size),
+        "LSQ 2 bits": qjax.LSQ(2, qjax.channel()),
+        "ParetoQ 2 bits": qjax.ParetoQ(2),
+    }
+    for label, method in methods.items():
+        run, start = quantizing(qjax.QAT(method))
+        if "RTN 2 bits" not in found:
+            found["RTN 2 bits"] = scored(run, start, data[1])
+        _, found[label], curves[label] = job(run, start, data, 200, 1e-3)
+    return found, curves
+
+
+def bitnet(texts: Texts) -> Found:
+    """From scratch: float, and ternary weights with 8-bit tokens."""
+    data, found, curves = windows(texts.general), {}, {}
+    f, params = model()
+    fresh = started(params)
+    label = "float, from scratch"
+    floats, found[label], curves[label] = job(f, fresh, data, 300, 3e-3)
+    tokens = qjax.Int(8, qjax.token(), scale_rule="narrow")
+    step = qjax.QAT(qjax.BitNet(), qjax.StraightThrough(tokens))
+    run, start = quantizing(step, params=fresh)
+    rounded = "float, ternary when trained"
+    found[rounded] = scored(run, (floats, start[1]), data[1])
+    label = "BitNet b1.58, from scratch"
+    _, found[label], curves[label] = job(run, start, data, 300, 3e-3)
+    return found, curves
+
+
+def started(params: Any) -> Any:
+    """A fresh start: normal weights of 0.02, norms of 1."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+
+    def one(path: Any, leaf: Any, key: Any) -> Any:
+        if "norm" in jax.tree_util.keystr(path):
+            return jnp.ones_like(leaf)
+        return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    new = [one(path, leaf, key) for (path, leaf), key in zip(leaves, keys)]
+    return jax.tree.unflatten(structure, new)
+
+
+def llm_qat(texts: Texts) -> Found:
+    """W4A8KV4 without data: windows that the float model writes, and its logits."""
+    held, found, curves = windows(texts.general)[1], {}, {}
+    f, params = model()
+    written = qjax.generated_rows(
+        f, params, 4096, 512, LENGTH, jax.random.key(5), batch=64
+    )
+    weights = qjax.StraightThrough(qjax.Int(4, qjax.channel()))
+    tokens = qjax.Int(8, qjax.token(), scale_rule="narrow")
+    step, both = qjax.QAT(weights, qjax.StraightThrough(tokens)), qjax.quantize_kv(f, 4)
+    found["float"] = scored(f, params, held)
+    run, start = quantizing(step, both)
+    found["RTN W4A8KV4"] = scored(run, start, held)
+    for label, own in (("trained for float KV", f), ("LLM-QAT W4A8KV4", both)):
+        train, begun = quantizing(step, own)
+        done, _, curves[label] = job(train, begun, (written, held), 150, 3e-4, params)
+        found[label] = scored(run, done, held)
+    return found, curves
+
+
+def qlora(texts: Texts) -> Found:
+    """Formats before training, and adapters beside float and beside codes."""
+    data, found, curves = windows(texts.domain), {}, {}
+    f, params = model()
+    example = (jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32),)
+    found["float"] = scored(f, params, data[1])
+    formats = {
+        "Int4": qjax.Int(4, qjax.group(64)),
+        "FP4 (E2M1)": Codebook("fp4"),
+        "NF4": Codebook("nf4"),
+        "NF4 and double": Codebook("nf4", double_quant=256),
+    }
+    bases = {}
+    for label, format in formats.items():
+        recipe = qjax.RTN(weights=format)
+        bases[label] = qjax.quantize(f, params, recipe, example=example, progress=False)
+        found[label] = scored(qjax.apply(f), bases[label], data[1])
+    sides = {"float": params, "NF4 and double": bases["NF4 and double"]}
+    for label, base in sides.items():
+        f_lora, adapters = qjax.lora(f, base, example=example, key=jax.random.key(0))
+        name = f"{'LoRA' if label == 'float' else 'QLoRA'} on {label}"
+        run = lambda own, tokens, f=f_lora, base=base: f(own, base, tokens)
+        _, found[name], curves[name] = job(run, adapters, data, 150, 3e-3)
+    return found, curves
+
+
+def trained_methods(texts: Texts) -> Found:
+    """Every method on the bundled model, as it is served: rows of the README's table.
+
+    100 steps to the float model's logits; scored on the text of `qjax compare`.
+    """
+    data, found, curves = windows(texts.general), {}, {}
+    f, params = model()
+    tokens = encode_text(read_tokenizer(BUNDLED), load_text("pydoc"))[: 2**14]
+    yardstick = Yardstick((f, params), tokens, Protocol())
+    for label, step in METHODS.items():
+        began = time.perf_counter()
+        run, start = quantizing(step, rows=data[0][:BATCH])
+        done, _, curves[label] = job(run, start, data, 100, 1e-3, params)
+        served = qjax.finalize(done[0], replace(run.keywords["state"], trained=done[1]))
+        seconds = time.perf_counter() - began
+        measured = yardstick.measure((qjax.apply(f), served), progress=False)
+        found[label] = {
+            "bits_per_weight": quantized_bits(served),
+            "perplexity": measured.candidate.perplexity,
+            "kl": measured.kl,
+            "top1_agreement": measured.top1_agreement,
+            "quantize_seconds": seconds,
+        }
+    return found, curves
+
+
+G64 = qjax.group(64)
+METHODS = {
+    "straight-through int4 g64": qjax.QAT(qjax.StraightThrough(qjax.Int(4, G64))),
+    "LSQ int4 g64": qjax.QAT(qjax.LSQ(4, G64)),
+    "LSQ int3 g64": qjax.QAT(qjax.LSQ(3, G64)),
+    "LSQ int2 g64": qjax.QAT(qjax.LSQ(2, G64)),
+    "LSQ+ int4, inputs int8": qjax.QAT(
+        qjax.LSQPlus(4, qjax.channel()), qjax.LSQPlus(8)
+    ),
+    "LSQ int4, inputs PACT int8": qjax.QAT(
+        qjax.LSQ(4, qjax.channel()), qjax.PACT(8, signed=True)
+    ),
+    "ParetoQ int3": qjax.QAT(qjax.ParetoQ(3)),
+    "ParetoQ int2": qjax.QAT(qjax.ParetoQ(2)),
+    "ParetoQ ternary": qjax.QAT(qjax.ParetoQ(1.58)),
+    "ParetoQ binary": qjax.QAT(qjax.ParetoQ(1)),
+    "BitNet ternary": qjax.QAT(qjax.BitNet()),
+    "XNOR binary": qjax.QAT(qjax.XNOR()),
+}
+
+PAPERS = {
+    "paretoq": paretoq,
+    "bitnet": bitnet,
+    "llm_qat": llm_qat,
+    "qlora": qlora,
+    "methods": trained_methods,
+}

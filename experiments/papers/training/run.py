@@ -1,0 +1,145 @@
+"""What the papers of training methods claim, in small: one to three minutes for each.
+
+    python experiments/papers/training/run.py --general wiki.txt --domain code.txt
+    python experiments/papers/training/run.py --papers lsq pact
+
+Writes `results/<paper>.jsonl`, a row for each setting with the paper's number beside
+ours, the paper's claims into `results/claims.jsonl`, and `results/curves.png`.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import images
+import language
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from settings import PAPERS, Less, Paper
+
+from qjax.data import file_text
+from qjax.results import Record, append, environment, read
+
+RESULTS = Path(__file__).parent / "results"
+CLAIMS, CURVES = RESULTS / "claims.jsonl", RESULTS / "curves.jsonl"
+EVERY = 5  # steps of a curve that make a point
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    papers: tuple[str, ...] = tuple(PAPERS)
+    """Of `settings.py`."""
+    general: Path | None = None
+    """A UTF-8 text for the language model to be trained and scored on."""
+    domain: Path | None = None
+    """Another, of a kind that it does not know: program text."""
+
+
+def rows(name: str, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics, and losses of every step, of a paper's rows.
+
+    Raises:
+      ValueError: the language model needs two texts.
+    """
+    if name in images.PAPERS:
+        return images.rows(name), {}
+    if options.general is None or options.domain is None:
+        raise ValueError(f"{name} trains a language model: give --general and --domain")
+    texts = language.Texts(options.general, options.domain)
+    return language.PAPERS[name](texts)
+
+
+def about(name: str, options: Options) -> dict[str, Any]:
+    """What was trained on."""
+    if name in images.PAPERS:
+        return {"data": "scikit-learn digits"}
+    path = options.domain if name == "qlora" else options.general
+    assert path is not None
+    text = file_text(path)
+    return {"text": {"name": text.name, "sha256": text.sha256}}
+
+
+def decided(name: str, claim: Less, found: dict[str, Any], where: Any) -> Record:
+    """Whether a claim holds here."""
+    better, worse = (
+        found[label][claim.metric] for label in (claim.better, claim.worse)
+    )
+    metrics = {
+        "better": better,
+        "worse": worse,
+        "ratio": better / worse,
+        "margin": claim.margin,
+        "holds": int(better < claim.margin * worse),
+    }
+    label = f"{name}: {claim.better} below {claim.worse}, {claim.metric}"
+    return Record(label, {"paper": name}, metrics, where)
+
+
+def run_paper(name: str, paper: Paper, options: Options) -> None:
+    """Its rows, claims and curves, in place of earlier ones."""
+    began = time.process_time()
+    found, curves = rows(name, options)
+    where = environment() | about(name, options)
+    where |= {"cpu_minutes": round((time.process_time() - began) / 60, 2)}
+    table = RESULTS / f"{name}.jsonl"
+    table.unlink(missing_ok=True)
+    for label, metrics in found.items():
+        own = {"paper": paper.numbers.get(label), **metrics}
+        append(table, Record(label, {"source": paper.source}, own, where))
+    small = {k: where[k] for k in ("commit", "date")}
+    replaced(CLAIMS, name, [decided(name, c, found, small) for c in paper.claims])
+    points = [
+        Record(label, {"paper": name}, {"loss": thin(curve)})
+        for label, curve in curves.items()
+    ]
+    replaced(CURVES, name, points)
+
+
+def thin(curve: list[float]) -> list[float]:
+    """Means of every few steps."""
+    whole = len(curve) // EVERY * EVERY
+    means = np.reshape(curve[:whole], (-1, EVERY)).mean(-1)
+    return [round(float(x), 4) for x in means]
+
+
+def replaced(path: Path, name: str, records: list[Record]) -> None:
+    """Write a paper's records over its earlier ones, papers in their order."""
+    old = read(path) if path.is_file() else []
+    kept = [r for r in old if r.config["paper"] != name] + records
+    order = list(PAPERS)
+    path.unlink(missing_ok=True)
+    for record in sorted(kept, key=lambda r: order.index(r.config["paper"])):
+        append(path, record)
+
+
+def draw(path: Path, records: list[Record]) -> None:
+    """Losses against steps, a panel for each paper."""
+    names = list(dict.fromkeys(r.config["paper"] for r in records))
+    figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names):
+        for record in records:
+            if record.config["paper"] == name:
+                losses = record.metrics["loss"]
+                at = EVERY * (1 + np.arange(len(losses)))
+                axes.plot(at, losses, label=record.label, linewidth=1)
+        axes.set(title=name, xlabel="updates", ylabel="training loss, nats")
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def main(options: Options) -> None:
+    """Every paper that was asked for."""
+    for name in options.papers:
+        run_paper(name, PAPERS[name], options)
+    for record in read(CLAIMS):
+        print(f"{record.label}: {record.metrics['ratio']:.3f}", flush=True)
+    if CURVES.is_file():
+        draw(RESULTS / "curves.png", read(CURVES))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
