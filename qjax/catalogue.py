@@ -64,8 +64,10 @@ FORMATS: dict[str, Named] = {
 }
 # Beside weights: 8 of 256 features, in 8 bits. Its bits count (1 / K + 1 / N) 64.
 RANK, FACTORS = 8, Int(8)
-# The papers' steps take hours on a processor; here all learn for as many.
-ITERS = 200
+# The papers' steps take hours on a processor; here all learn for as many, each of
+# as many sequences.
+ITERS, SEQUENCES = 200, 8
+BUDGET: Any = {"iters": ITERS, "batch_size": SEQUENCES}
 # Integer weights in groups, by a method that takes a format.
 INTEGERS: dict[str, tuple[str, Callable[[Int], Any]]] = {
     "rtn": ("RTN", lambda weights: RTN(weights=weights)),
@@ -76,16 +78,13 @@ INTEGERS: dict[str, tuple[str, Callable[[Int], Any]]] = {
     "gptaq": ("GPTAQ", lambda weights: GPTAQ(weights=weights)),
     "autoround": ("AutoRound", lambda weights: AutoRound(weights=weights)),
     "qep": ("QEP", lambda weights: QEP(GPTQ(weights=weights))),
-    "brecq": ("BRECQ", lambda weights: BRECQ(weights=weights, iters=ITERS, lr=0.02)),
-    "omniquant": ("OmniQuant", lambda weights: OmniQuant(weights=weights, iters=ITERS)),
+    "brecq": ("BRECQ", lambda w: BRECQ(weights=w, lr=0.02, **BUDGET)),
+    "omniquant": ("OmniQuant", lambda w: OmniQuant(weights=w, **BUDGET)),
     "efficientqat": (
         "EfficientQAT",
-        lambda w: EfficientQAT(weights=w, iters=ITERS, lr=1e-3, weight_lr=5e-4),
+        lambda w: EfficientQAT(weights=w, lr=1e-3, weight_lr=5e-4, **BUDGET),
     ),
-    "lkd": (
-        "ZeroQuantLKD",
-        lambda weights: ZeroQuantLKD(weights=weights, iters=ITERS, lr=5e-4),
-    ),
+    "lkd": ("ZeroQuantLKD", lambda w: ZeroQuantLKD(weights=w, lr=5e-4, **BUDGET)),
     "lorc": ("LoRC", lambda w: LoRC(weights=w, rank=RANK, factors=FACTORS)),
     "lqer": ("LQER", lambda w: LQER(weights=w, rank=RANK, factors=FACTORS)),
     "qera": ("QERA", lambda w: QERA(weights=w, rank=RANK, factors=FACTORS)),

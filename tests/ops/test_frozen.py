@@ -59,7 +59,7 @@ LEAVES = {
     "coded values": lambda: leaf(INT4, Activation(Float("e4m3", token()))),
     "outliers": lambda: leaf(Int(8), Activation(Int(8, token()), outliers=2.0)),
     "beside": lambda: leaf(INT4, TOKENS, moves=MOVES, **BESIDE),
-    "tiles": lambda: pack(leaf(INT4), HOPPER),
+    "tiles": lambda: pack(leaf(Int(4, symmetric=False, zero="int")), HOPPER),
     "narrow": lambda: pack(leaf(INT4), OTHER),
 }
 

@@ -26,7 +26,9 @@ from qjax.evals import Protocol, Yardstick
 from qjax.io.huggingface import load_weights, read_tokenizer
 from qjax.train.step import TrainState, begin, next_token_loss, training_step
 
-LENGTH, BATCH, HELD = 64, 8, 64
+G64 = qjax.group(64)
+TOKENS8 = qjax.StraightThrough(qjax.Int(8, qjax.token(), scale_rule="narrow"))
+LENGTH, BATCH, HELD, CHARACTERS = 64, 8, 64, 600_000
 
 
 @dataclass(frozen=True)
@@ -46,28 +48,37 @@ def model() -> tuple[Any, Any]:
 @cache
 def windows(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Windows to train on, and those at the end, which are held out."""
-    tokens = encode_text(read_tokenizer(BUNDLED), file_text(path))[: 2**19]
+    text = file_text(path)
+    text = replace(text, text=text.text[:CHARACTERS])
+    tokens = encode_text(read_tokenizer(BUNDLED), text)
     cut = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH)
     return cut[:-HELD], cut[-HELD:]
 
 
-Run = Callable[[Any, Any], Any]
-"""`run(trained, tokens) -> logits`, `trained` as the job has it."""
+Run = Callable[[Any, Any, Any], Any]
+"""`run(trained, frozen, tokens) -> logits`, `trained` as the job has it."""
 
 
-def scored(run: Run, trained: Any, held: np.ndarray) -> dict[str, float]:
-    """Loss and divergence on held-out windows."""
+@cache
+def reference(path: Path) -> list[tuple[Any, Any]]:
+    """Held-out windows, and the float model's logarithms of probabilities there."""
     f, params = model()
+    exact = jax.jit(lambda p, tokens: jax.nn.log_softmax(f(p, tokens)))
+    parts = [jnp.asarray(rows) for rows in np.split(windows(path)[1], 4)]
+    return [(rows, exact(params, rows)) for rows in parts]
+
+
+def scored(run: Run, trained: Any, frozen: Any, path: Path) -> dict[str, float]:
+    """Loss and divergence on held-out windows."""
 
     @jax.jit
-    def one(trained: Any, tokens: Any) -> Any:
-        exact = jax.nn.log_softmax(f(params, tokens))
-        logits = run(trained, tokens)
+    def one(trained: Any, frozen: Any, tokens: Any, exact: Any) -> Any:
+        logits = run(trained, frozen, tokens)
         mine = jax.nn.log_softmax(logits)
         kl = jnp.sum(jnp.exp(exact) * (exact - mine), -1).mean()
         return next_token_loss(logits, tokens), kl
 
-    parts = [one(trained, jnp.asarray(rows)) for rows in np.split(held, 4)]
+    parts = [one(trained, frozen, *each) for each in reference(path)]
     loss, kl = np.mean(jax.device_get(parts), 0)
     return {"loss": float(loss), "perplexity": float(np.exp(loss)), "kl": float(kl)}
 
@@ -75,18 +86,21 @@ def scored(run: Run, trained: Any, held: np.ndarray) -> dict[str, float]:
 def job(
     run: Run,
     trained: Any,
-    data: tuple[np.ndarray, np.ndarray],
+    rows: np.ndarray,
     steps: int,
     rate: float,
+    frozen: Any = None,
     teacher: Any = None,
-) -> tuple[Any, dict[str, float], list[float]]:
-    """What was trained, its metrics, and the loss of every step."""
-    warm = steps // 10
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, steps)
+) -> tuple[Any, list[float]]:
+    """What was trained, and the loss of every step.
+
+    With a teacher's parameters its logits are learned, else the text.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
-    def loss(trained: Any, _: Any, tokens: Any, key: Any, known: Any) -> Any:
-        logits = run(trained, tokens)
+    def loss(own: Any, _: Any, tokens: Any, key: Any, frozen: Any, known: Any) -> Any:
+        logits = run(own, frozen, tokens)
         if known is None:
             return next_token_loss(logits, tokens), None
         return qjax.distillation_loss(logits, model()[0](known, tokens)), None
@@ -94,17 +108,14 @@ def job(
     step = training_step(loss, optimiser)
 
     @jax.jit
-    def all_steps(state: TrainState, batches: Any, known: Any) -> Any:
+    def all_steps(state: TrainState, batches: Any, *rest: Any) -> Any:
         key = jax.random.key(0)
-        return jax.lax.scan(lambda s, b: step(s, b, key, known), state, batches)
+        return jax.lax.scan(lambda s, b: step(s, b, key, *rest), state, batches)
 
-    rows, held = data
     chosen = np.random.default_rng(0).integers(0, len(rows), (steps, 1, BATCH))
-    state, losses = all_steps(
-        begin(trained, optimiser), jnp.asarray(rows[chosen]), teacher
-    )
-    metrics = scored(run, state.trained, held)
-    return state.trained, metrics, np.asarray(losses).tolist()
+    batches, start = jnp.asarray(rows[chosen]), begin(trained, optimiser)
+    state, losses = all_steps(start, batches, frozen, teacher)
+    return state.trained, np.asarray(losses).tolist()
 
 
 def quantizing(
@@ -121,7 +132,7 @@ def quantizing(
     return partial(quantized, f_qat, state=state), (start, state.trained)
 
 
-def quantized(f_qat: Any, trained: Any, tokens: Any, state: Any) -> Any:
+def quantized(f_qat: Any, trained: Any, _: Any, tokens: Any, state: Any) -> Any:
     """The logits in training."""
     return f_qat(trained[0], replace(state, trained=trained[1]), tokens)[0]
 
@@ -130,39 +141,43 @@ Found = tuple[dict[str, dict[str, float]], dict[str, list[float]]]
 """Metrics and losses of every row, by label."""
 
 
+def floating(params: Any, _: Any, tokens: Any) -> Any:
+    """The logits in float."""
+    return model()[0](params, tokens)
+
+
 def paretoq(texts: Texts) -> Found:
     """Two bits for every output feature."""
-    data, found, curves = windows(texts.general), {}, {}
-    f, params = model()
-    found["float"] = scored(f, params, data[1])
-    size = qjax.Int(2, qjax.channel())
+    path, found, curves = texts.general, {}, {}
+    rows = windows(path)[0]
+    found["float"] = scored(floating, model()[1], None, path)
     methods = {
-        "fixed ranges 2 bits": qjax.StraightThrough(size),
+        "fixed ranges 2 bits": qjax.StraightThrough(qjax.Int(2, qjax.channel())),
         "LSQ 2 bits": qjax.LSQ(2, qjax.channel()),
         "ParetoQ 2 bits": qjax.ParetoQ(2),
     }
     for label, method in methods.items():
         run, start = quantizing(qjax.QAT(method))
         if "RTN 2 bits" not in found:
-            found["RTN 2 bits"] = scored(run, start, data[1])
-        _, found[label], curves[label] = job(run, start, data, 200, 1e-3)
+            found["RTN 2 bits"] = scored(run, start, None, path)
+        done, curves[label] = job(run, start, rows, 150, 1e-3)
+        found[label] = scored(run, done, None, path)
     return found, curves
 
 
 def bitnet(texts: Texts) -> Found:
     """From scratch: float, and ternary weights with 8-bit tokens."""
-    data, found, curves = windows(texts.general), {}, {}
-    f, params = model()
-    fresh = started(params)
+    path, found, curves = texts.general, {}, {}
+    rows, fresh = windows(path)[0], started(model()[1])
     label = "float, from scratch"
-    floats, found[label], curves[label] = job(f, fresh, data, 300, 3e-3)
-    tokens = qjax.Int(8, qjax.token(), scale_rule="narrow")
-    step = qjax.QAT(qjax.BitNet(), qjax.StraightThrough(tokens))
-    run, start = quantizing(step, params=fresh)
-    rounded = "float, ternary when trained"
-    found[rounded] = scored(run, (floats, start[1]), data[1])
+    floats, curves[label] = job(floating, fresh, rows, 200, 3e-3)
+    found[label] = scored(floating, floats, None, path)
+    run, start = quantizing(qjax.QAT(qjax.BitNet(), TOKENS8), params=fresh)
+    rounded = (floats, start[1])
+    found["float, ternary when trained"] = scored(run, rounded, None, path)
     label = "BitNet b1.58, from scratch"
-    _, found[label], curves[label] = job(run, start, data, 300, 3e-3)
+    done, curves[label] = job(run, start, rows, 200, 3e-3)
+    found[label] = scored(run, done, None, path)
     return found, curves
 
 
@@ -182,47 +197,47 @@ def started(params: Any) -> Any:
 
 def llm_qat(texts: Texts) -> Found:
     """W4A8KV4 without data: windows that the float model writes, and its logits."""
-    held, found, curves = windows(texts.general)[1], {}, {}
+    path, found, curves = texts.general, {}, {}
     f, params = model()
     written = qjax.generated_rows(
-        f, params, 4096, 512, LENGTH, jax.random.key(5), batch=64
+        f, params, 4096, 256, LENGTH, jax.random.key(5), batch=64
     )
     weights = qjax.StraightThrough(qjax.Int(4, qjax.channel()))
-    tokens = qjax.Int(8, qjax.token(), scale_rule="narrow")
-    step, both = qjax.QAT(weights, qjax.StraightThrough(tokens)), qjax.quantize_kv(f, 4)
-    found["float"] = scored(f, params, held)
+    step, both = qjax.QAT(weights, TOKENS8), qjax.quantize_kv(f, 4)
+    found["float"] = scored(floating, params, None, path)
     run, start = quantizing(step, both)
-    found["RTN W4A8KV4"] = scored(run, start, held)
+    found["RTN W4A8KV4"] = scored(run, start, None, path)
     for label, own in (("trained for float KV", f), ("LLM-QAT W4A8KV4", both)):
         train, begun = quantizing(step, own)
-        done, _, curves[label] = job(train, begun, (written, held), 150, 3e-4, params)
-        found[label] = scored(run, done, held)
+        done, curves[label] = job(train, begun, written, 100, 3e-4, teacher=params)
+        found[label] = scored(run, done, None, path)
     return found, curves
 
 
 def qlora(texts: Texts) -> Found:
     """Formats before training, and adapters beside float and beside codes."""
-    data, found, curves = windows(texts.domain), {}, {}
+    path, found, curves = texts.domain, {}, {}
     f, params = model()
     example = (jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32),)
-    found["float"] = scored(f, params, data[1])
+    found["float"] = scored(floating, params, None, path)
     formats = {
-        "Int4": qjax.Int(4, qjax.group(64)),
+        "Int4": qjax.Int(4, G64),
         "FP4 (E2M1)": Codebook("fp4"),
         "NF4": Codebook("nf4"),
         "NF4 and double": Codebook("nf4", double_quant=256),
     }
-    bases = {}
+    sides = {"float": params}
     for label, format in formats.items():
         recipe = qjax.RTN(weights=format)
-        bases[label] = qjax.quantize(f, params, recipe, example=example, progress=False)
-        found[label] = scored(qjax.apply(f), bases[label], data[1])
-    sides = {"float": params, "NF4 and double": bases["NF4 and double"]}
-    for label, base in sides.items():
-        f_lora, adapters = qjax.lora(f, base, example=example, key=jax.random.key(0))
+        q = qjax.quantize(f, params, recipe, example=example, progress=False)
+        run = lambda q, _, tokens: qjax.apply(f)(q, tokens)
+        found[label], sides[label] = scored(run, q, None, path), q
+    for label in ("float", "NF4 and double"):
+        base = sides[label]
+        f_lora, own = qjax.lora(f, base, example=example, key=jax.random.key(0))
         name = f"{'LoRA' if label == 'float' else 'QLoRA'} on {label}"
-        run = lambda own, tokens, f=f_lora, base=base: f(own, base, tokens)
-        _, found[name], curves[name] = job(run, adapters, data, 150, 3e-3)
+        done, curves[name] = job(f_lora, own, windows(path)[0], 100, 3e-3, base)
+        found[name] = scored(f_lora, done, base, path)
     return found, curves
 
 
@@ -231,14 +246,14 @@ def trained_methods(texts: Texts) -> Found:
 
     100 steps to the float model's logits; scored on the text of `qjax compare`.
     """
-    data, found, curves = windows(texts.general), {}, {}
+    rows, found, curves = windows(texts.general)[0], {}, {}
     f, params = model()
     tokens = encode_text(read_tokenizer(BUNDLED), load_text("pydoc"))[: 2**14]
     yardstick = Yardstick((f, params), tokens, Protocol())
     for label, step in METHODS.items():
         began = time.perf_counter()
-        run, start = quantizing(step, rows=data[0][:BATCH])
-        done, _, curves[label] = job(run, start, data, 100, 1e-3, params)
+        run, start = quantizing(step, rows=rows[:BATCH])
+        done, curves[label] = job(run, start, rows, 100, 1e-3, teacher=params)
         served = qjax.finalize(done[0], replace(run.keywords["state"], trained=done[1]))
         seconds = time.perf_counter() - began
         measured = yardstick.measure((qjax.apply(f), served), progress=False)
@@ -252,7 +267,6 @@ def trained_methods(texts: Texts) -> Found:
     return found, curves
 
 
-G64 = qjax.group(64)
 METHODS = {
     "straight-through int4 g64": qjax.QAT(qjax.StraightThrough(qjax.Int(4, G64))),
     "LSQ int4 g64": qjax.QAT(qjax.LSQ(4, G64)),
