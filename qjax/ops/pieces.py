@@ -62,8 +62,9 @@ def decoder(part: Coded, dtype: Any) -> Callable[[Any, int], Float[Array, "... K
 
     def decoded(start: Any, width: int) -> Any:
         def of_columns(x: Any) -> Any:
-            whole = x is None or cols is None
-            return x if whole else columns(x, start, width, -1, cols)
+            if x is None or cols is None:
+                return x
+            return columns(x, start, width, -1, cols)
 
         codes = columns(part.codes, start, width, *where)
         piece = replace(part, codes=codes, shape=(part.shape[0], width))

@@ -68,7 +68,7 @@ def net(setting: Setting) -> Callable[..., Any]:
     return f
 
 
-def start(seed: int) -> dict[str, Any]:
+def start(seed: Any) -> dict[str, Any]:
     """He's normal start."""
     keys = jax.random.split(jax.random.key(seed), len(SIZES))
     params = {
