@@ -137,12 +137,14 @@ def lora(
     """`f` with trained low-rank terms beside frozen weights.
 
     `f_lora(adapters, qparams, *inputs, key=None) -> out` is an ordinary JAX function;
-    differentiate it with respect to `adapters`. Quantized leaves run as in `apply`, but
-    where codes are decoded, a few columns are at a time, and again in the backward pass,
-    which keeps none: no pass makes a float array of a whole quantized weight, DoRA's
-    norm included. Exceptions: a leaf with outliers `S` (`explain` shows it), one that is
-    read along other axes than it is coded, which is merged (`QuantizationWarning`), and
-    DoRA's norm of a leaf with a transform. At the start `out` is `apply(f)(qparams, *inputs)`.
+    differentiate it with respect to `adapters`. At the start `out` is
+    `apply(f)(qparams, *inputs)`.
+
+    Quantized leaves run as in `apply`, but codes are decoded a few columns at a time,
+    and again in the backward pass, which keeps none: no pass makes a float array of a
+    whole quantized weight, DoRA's norm included. Exceptions: a leaf with outliers `S`
+    (`explain` shows it), one that is read along other axes than those of its codes,
+    which is merged (`QuantizationWarning`), and DoRA's norm of a leaf with a transform.
 
     Args:
       f: `f(params, *inputs)`.
