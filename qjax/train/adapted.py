@@ -70,7 +70,7 @@ class Adapted(Carrier):
 
         Section 4.3 of the paper leaves the norm out of the gradient.
         """
-        norm = jax.lax.stop_gradient(self.norm())
+        norm = jax.lax.stop_gradient(replace(self, key=None)).norm()
         return self.magnitude / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
 
     def norm(self) -> jax.Array:

@@ -63,24 +63,8 @@ def about(name: str, options: Options) -> dict[str, Any]:
     return {"text": {"name": text.name, "sha256": text.sha256}}
 
 
-def decided(name: str, claim: Less, found: dict[str, Any], where: Any) -> Record:
-    """Whether a claim holds here."""
-    better, worse = (
-        found[label][claim.metric] for label in (claim.better, claim.worse)
-    )
-    metrics = {
-        "better": better,
-        "worse": worse,
-        "ratio": better / worse,
-        "margin": claim.margin,
-        "holds": int(better < claim.margin * worse),
-    }
-    label = f"{name}: {claim.better} below {claim.worse}, {claim.metric}"
-    return Record(label, {"paper": name}, metrics, where)
-
-
 def run_paper(name: str, paper: Paper, options: Options) -> None:
-    """Its rows, claims and curves, in place of earlier ones."""
+    """Its rows and curves, in place of earlier ones."""
     began = time.process_time()
     found, curves = rows(name, options)
     where = environment() | about(name, options)
@@ -90,13 +74,43 @@ def run_paper(name: str, paper: Paper, options: Options) -> None:
     for label, metrics in found.items():
         own = {"paper": paper.numbers.get(label), **metrics}
         append(table, Record(label, {"source": paper.source}, own, where))
-    small = {k: where[k] for k in ("commit", "date")}
-    replaced(CLAIMS, name, [decided(name, c, found, small) for c in paper.claims])
-    points = [
+    old = read(CURVES) if CURVES.is_file() else []
+    kept = [record for record in old if record.config["paper"] != name]
+    kept += [
         Record(label, {"paper": name}, {"loss": thin(curve)})
         for label, curve in curves.items()
     ]
-    replaced(CURVES, name, points)
+    CURVES.unlink(missing_ok=True)
+    for record in sorted(kept, key=lambda r: list(PAPERS).index(r.config["paper"])):
+        append(CURVES, record)
+
+
+def decided(name: str, claim: Less, table: dict[str, Record]) -> Record:
+    """Whether a claim holds here."""
+    pair = table[claim.better], table[claim.worse]
+    better, worse = (record.metrics[claim.metric] for record in pair)
+    metrics = {
+        "better": better,
+        "worse": worse,
+        "ratio": better / worse,
+        "margin": claim.margin,
+        "holds": int(better < claim.margin * worse),
+    }
+    where = {k: pair[0].context[k] for k in ("commit", "date")}
+    label = f"{name}: {claim.better} below {claim.worse}, {claim.metric}"
+    return Record(label, {"paper": name}, metrics, where)
+
+
+def decide() -> None:
+    """The claims of every paper whose rows are there."""
+    CLAIMS.unlink(missing_ok=True)
+    for name, paper in PAPERS.items():
+        file = RESULTS / f"{name}.jsonl"
+        table = {r.label: r for r in read(file)} if file.is_file() else {}
+        for claim in paper.claims if table else ():
+            record = decided(name, claim, table)
+            append(CLAIMS, record)
+            print(f"{record.label}: {record.metrics['ratio']:.3f}", flush=True)
 
 
 def thin(curve: list[float]) -> list[float]:
@@ -104,16 +118,6 @@ def thin(curve: list[float]) -> list[float]:
     whole = len(curve) // EVERY * EVERY
     means = np.reshape(curve[:whole], (-1, EVERY)).mean(-1)
     return [round(float(x), 4) for x in means]
-
-
-def replaced(path: Path, name: str, records: list[Record]) -> None:
-    """Write a paper's records over its earlier ones, papers in their order."""
-    old = read(path) if path.is_file() else []
-    kept = [r for r in old if r.config["paper"] != name] + records
-    order = list(PAPERS)
-    path.unlink(missing_ok=True)
-    for record in sorted(kept, key=lambda r: order.index(r.config["paper"])):
-        append(path, record)
 
 
 def draw(path: Path, records: list[Record]) -> None:
@@ -132,11 +136,10 @@ def draw(path: Path, records: list[Record]) -> None:
 
 
 def main(options: Options) -> None:
-    """Every paper that was asked for."""
+    """Every paper that was asked for; then all claims, and the curves."""
     for name in options.papers:
         run_paper(name, PAPERS[name], options)
-    for record in read(CLAIMS):
-        print(f"{record.label}: {record.metrics['ratio']:.3f}", flush=True)
+    decide()
     if CURVES.is_file():
         draw(RESULTS / "curves.png", read(CURVES))
 

@@ -33,7 +33,7 @@ PAPERS: dict[str, Paper] = {
         (
             Less("LSQ W2A2", "fixed ranges W2A2", margin=0.9),
             Less("LSQ W3A3", "fixed ranges W3A3"),
-            Less("LSQ W3A3", "LSQ W2A2"),
+            Less("LSQ W3A3", "float", margin=1.1),
         ),
     ),
     "lsq_plus": Paper(
