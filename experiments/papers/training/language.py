@@ -222,7 +222,7 @@ def qlora(texts: Texts) -> Found:
     found["float"] = scored(floating, params, None, path)
     formats = {
         "Int4": qjax.Int(4, G64),
-        "FP4 (E2M1)": Codebook("fp4"),
+        "FP4": Codebook("fp4"),
         "NF4": Codebook("nf4"),
         "NF4 and double": Codebook("nf4", double_quant=256),
     }

@@ -105,10 +105,10 @@ PAPERS: dict[str, Paper] = {
     "qlora": Paper(
         "Dettmers et al., NeurIPS 2023 (arXiv:2305.14314), table 2: mean perplexity of "
         "125M to 13B parameters on Pile Common Crawl, before training",
-        {"Int4": 34.34, "FP4 (E2M1)": 31.07, "NF4": 27.41, "NF4 and double": 27.41},
+        {"Int4": 34.34, "FP4": 31.07, "NF4": 27.41, "NF4 and double": 27.41},
         (
-            Less("NF4", "FP4 (E2M1)", "kl"),
-            Less("FP4 (E2M1)", "Int4", "kl"),
+            Less("NF4", "FP4", "kl"),
+            Less("FP4", "Int4", "kl"),
             Less("NF4 and double", "NF4", "kl", 1.02),
             Less("QLoRA on NF4 and double", "LoRA on float", "loss", 1.02),
         ),
