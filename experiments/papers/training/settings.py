@@ -97,10 +97,7 @@ PAPERS: dict[str, Paper] = {
         "Liu et al., Findings of ACL 2024 (arXiv:2305.17888): at W4A8KV4 training on "
         "generated text is better than any method without training",
         {},
-        (
-            Less("LLM-QAT W4A8KV4", "RTN W4A8KV4", "kl", 0.8),
-            Less("LLM-QAT W4A8KV4", "trained for float KV", "kl"),
-        ),
+        (Less("LLM-QAT W4A8KV4", "RTN W4A8KV4", "kl"),),
     ),
     "qlora": Paper(
         "Dettmers et al., NeurIPS 2023 (arXiv:2305.14314), table 2: mean perplexity of "
