@@ -15,7 +15,7 @@ from qjax.plan.compilers import find_compiler, run_plans
 from qjax.plan.layouts import Layout, layout
 from qjax.plan.machines import Machine, machine
 from qjax.plan.picture import plan_plot
-from qjax.plan.report import merged, refusals, table
+from qjax.plan.report import UNKNOWN, merged, refusals, table, uncounted
 from qjax.plan.serving import serving
 from qjax.plan.steps import Load
 from qjax.results import Record, append, environment
@@ -29,7 +29,9 @@ class Plan:
     can be there at best.
 
     The decode step and a prefill are compiled by that machine's compiler, sharded over
-    its devices, from shapes alone. Exit code 3: something asked for does not fit.
+    its devices, from shapes alone. Several values of --batch or --context make a
+    picture of memory and of the roofline against them. Exit code 3: something asked
+    for does not fit.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -39,9 +41,9 @@ class Plan:
     topology: tuple[str, ...] = ("v5e:2x4",)
     """Machines: v5e:2x4, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1, h200, h200:8."""
     batch: tuple[int, ...] = (16,)
-    """Sequences decoded together; several are tried at the first --context."""
+    """Sequences decoded together; several are drawn at the first --context."""
     context: tuple[int, ...] = (4096,)
-    """Tokens of room for each in the cache; several are tried at the first --batch."""
+    """Tokens of room for each in the cache; several are drawn at the first --batch."""
     prompt: int = 1024
     """Tokens of the prompt of a prefill."""
     steps: tuple[Literal["decode", "prefill"], ...] = ("decode", "prefill")
@@ -101,6 +103,8 @@ class Plan:
         console.print(table(records, place, model.name))
         for sentence in refusals(records):
             console.print(f"qjax plan: {sentence}", style="red", highlight=False)
+        for sentence in uncounted(records):
+            console.print(f"qjax plan: {sentence}", highlight=False)
         stem = re.sub(r"[^a-z0-9.]+", "-", f"{model.name} {place.name}".lower())
         lines = self.out / f"{stem}.jsonl"
         lines.unlink(missing_ok=True)
@@ -124,6 +128,7 @@ def _records(
         "bandwidth": chip.bandwidth,
         "link": chip.link,
         "source": chip.source,
+        "unknown": UNKNOWN,
         **environment(),
     }
     programs: dict[str, dict[str, Any]] = {}

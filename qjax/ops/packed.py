@@ -36,8 +36,9 @@ class Packed(Coded):
 
     Attributes:
       order: "tiles" for Hopper (`qjax_kernels/int_matmul/fragments.py`), with whole
-        zeros of `q` as `int8[..., G, N]`; "rows" for CPUs, `q` as `int8[..., N, K]`; or
-        "narrow" for other GPUs, `q` as `int4[..., K, N]`. These keep zeros as they are.
+        zeros of `q` as `int8[..., G, N]`; "rows" for CPUs and, of 8 bits, GPUs, `q` as
+        `int8[..., N, K]`; or "narrow" for other GPUs, `q` as `int4[..., K, N]`. These
+        keep zeros as they are.
     """
 
     order: str
@@ -84,7 +85,9 @@ def pack(qparams: Any, target: Target | None = None) -> Any:
 
     For a Hopper GPU, integers of 2, 3, 4 and 8 bits that meet float activations: its
     kernel takes them only if they are packed. For other GPUs, 4-bit integers that meet
-    float activations. For a CPU, integers of whole channels that meet integers.
+    float activations. For a CPU, integers of whole channels that meet integers, and for
+    any GPU those of 8 bits: their products read both along K, and a loop over layers
+    would first turn all weights.
     Anything else, and everything on a TPU, is returned as it is. Do this once, after
     loading; packed leaves are neither saved nor sharded. `unpack` gives back what was
     packed, bit for bit.
@@ -119,10 +122,12 @@ def _mapped(one: Any, qparams: Any) -> Any:
 def order_for(q: QTensor, target: Target) -> str:
     """How the target wants a leaf; empty for as it is."""
     activations = [acts.activation for acts in q.acts]
-    if target.platform == "gpu":
-        order = TILES if target.generation == "hopper" else NARROW
-        return "" if any(activations) else order
-    if target.platform != "cpu" or not activations or not all(activations):
+    if target.platform == "gpu" and not any(activations):
+        return TILES if target.generation == "hopper" else NARROW
+    if target.platform == "tpu" or not activations or not all(activations):
+        return ""
+    whole_bytes = all(isinstance(p.format, Int) and p.format.bits == 8 for p in q.parts)
+    if target.platform == "gpu" and not whole_bytes:
         return ""
     pairs = [(p.format, a.format) for p in q.parts for a in activations if a]
     whole = all(f.granularity.rows is None for pair in pairs for f in pair)

@@ -27,7 +27,7 @@ NAMED: Mapping[str, dict[str, Any]] = json.loads(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A model without weights: its name, the fields of `config.json`, what they say."""
 

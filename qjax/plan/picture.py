@@ -16,6 +16,15 @@ from qjax.results import Record
 
 PARTS = (("weights_GiB", 1.0), ("cache_GiB", 0.6), ("temporaries_GiB", 0.3))
 SHADES = (*COLOURS, SINGLE)
+COUNTED = (
+    "memory: the compiler's, weights and cache included; x: does not fit.  {} "
+    "bytes and operations\ncounted from the jaxpr, at the chip's peak rates{};  {} "
+    "with the bytes that the compiled program moves"
+)
+LINES = COUNTED.format(
+    "solid:", " (circle: memory limits, square: matrix units)", "dotted:"
+)
+BARS = COUNTED.format("dark:", "", "light:")
 
 
 def plan_plot(
@@ -25,7 +34,8 @@ def plan_plot(
 
     There is a row for each of batch and context that takes several values, the other at
     its first; with neither, bars of every scheme. Solid lines are the limit, dotted
-    ones the compiled program; a cross is a program that does not fit.
+    ones the compiled program; a square is a step that the matrix units limit, a cross
+    a program that does not fit.
     """
     sweeps = [name for name in ("batch", "context") if len(_values(records, name)) > 1]
     rows = sweeps or ["scheme"]
@@ -49,6 +59,7 @@ def plan_plot(
             )
             left.set_title("memory, GiB")
             right.set_title("decode step, ms: limit, and as compiled")
+        figure.supxlabel(LINES if sweeps else BARS, fontsize=8.5, color=QUIET)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 
@@ -84,10 +95,16 @@ def _lines(left: Axes, right: Axes, records: Sequence[Record], name: str) -> Non
                 label = scheme if style == "-" else None
                 axes.plot(*zip(*line), style, color=colour, lw=1.6, label=label)
         for record in own:
-            size = record.metrics.get("memory_GiB")
+            here, size = record.config[name], record.metrics.get("memory_GiB")
             if size is not None:
                 fits = record.metrics["fits"] == "yes"
-                left.plot(record.config[name], size, "o" if fits else "x", color=colour)
+                left.plot(here, size, "o" if fits else "x", color=colour)
+            limit = record.metrics.get("decode_limit_ms")
+            if limit is not None:
+                parts = (record.metrics[f"decode_{p}_ms"] for p in ("memory", "matrix"))
+                memory, matrix = parts
+                marker = "o" if memory >= matrix else "s"
+                right.plot(here, limit, marker, color=colour, ms=4)
     ticks = _values(records, name)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
@@ -121,4 +138,4 @@ def _bars(left: Axes, right: Axes, records: Sequence[Record], _: str) -> None:
     for axes in (left, right):
         axes.set_xticks(range(len(names)), names)
         axes.grid(axis="x", visible=False)
-    left.set_xlabel("dark to light: weights, cache, temporaries; x: does not fit")
+    left.set_xlabel("dark to light: weights, cache, temporaries")

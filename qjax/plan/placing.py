@@ -63,6 +63,8 @@ def place_params(params: Any, mesh: Mesh) -> Any:
 
 
 def _leaf(path: str, leaf: Any, mesh: Mesh) -> Any:
+    if mesh.size == 1:
+        return jax.tree.map(lambda x: place(x, PartitionSpec(), mesh), leaf)
     wanted = spec(path, leaf.ndim)
     try:
         specs: Any = wanted

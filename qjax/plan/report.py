@@ -10,13 +10,24 @@ from qjax.plan.machines import Machine
 from qjax.results import Record
 
 GIB = 2**30
-NOT_KNOWN = (
-    "Limits, not measurements. Not in them: vector units (only counted), waiting of "
-    "DMA and of kernels for each other, real clocks, latency of links (and slices "
-    "whose rings are open), fragmentation of memory, autotuning on the card. A "
-    "prefill is compiled alone, one sequence, logits of every token. Pallas kernels "
-    "are not partitioned: more than one device runs XLA's forms."
+SAID_BY = (
+    "Fits, sizes and sent bytes are those of the compiler's final program; needed "
+    "bytes and operations are counted from the jaxpr. limit: the needed bytes at full "
+    "bandwidth or the operations at the peak rate, then what is sent; as compiled: "
+    "the same with the bytes that the final program moves."
 )
+UNKNOWN = (
+    "vector units (only counted)",
+    "waiting of DMA and of kernels for each other",
+    "real clocks",
+    "latency of links, and slices whose rings are open",
+    "fragmentation of memory",
+    "autotuning on the card",
+    "other requests beside a prefill, which is one sequence with logits of every token",
+    "which experts tokens choose: all of them are read",
+    "Pallas kernels: XLA's forms are what is compiled",
+)
+"""What the times and sizes leave out."""
 
 
 def merged(label: str, programs: Mapping[str, Mapping[str, Any]]) -> Record:
@@ -97,7 +108,7 @@ def table(records: Sequence[Record], machine: Machine, model: str) -> Table:
     drawn = Table(
         title=f"{model} on {machine.name}, per device: {machine.devices} x "
         f"{chip.memory / GIB:.1f} GiB, {chip.bandwidth / 1e9:,.0f} GB/s",
-        caption=NOT_KNOWN,
+        caption=f"{SAID_BY} Not in them: {'; '.join(UNKNOWN)}.",
         caption_justify="left",
         box=SIMPLE,
     )
@@ -113,6 +124,19 @@ def table(records: Sequence[Record], machine: Machine, model: str) -> Table:
 def _cell(record: Record, metric: str, _: str, form: str) -> str:
     value = record.metrics.get(metric)
     return "-" if value is None else form.format(value)
+
+
+def uncounted(records: Sequence[Record]) -> list[str]:
+    """Operations whose work is not in the counts, one sentence for each program."""
+    found = []
+    for record in records:
+        for step, program in record.metrics["programs"].items():
+            names = ", ".join(
+                f"{k} ({n})" for k, n in program.get("uncounted", {}).items()
+            )
+            if names:
+                found.append(f"{record.label}, {step}: counted once or not: {names}")
+    return found
 
 
 def refusals(records: Sequence[Record]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
-from qjax.ops import Target
+from qjax.ops import Target, pack
 from qjax.plan.layouts import Layout
 from qjax.plan.machines import Machine
 from qjax.plan.placed import apply_placed
@@ -71,9 +71,7 @@ def make_step(
     Raises:
       ValueError: a weight or the cache cannot be cut among so many devices.
     """
-    f, params = layout.shapes()
-    if serving.weights is not None:
-        params = quantized_shapes(f, params, serving.weights)
+    f, params = stored(layout, serving.weights, target(machine))
     mesh = make_mesh(devices, layout.config.kv_heads)
     decoding = load.step == "decode"
     batch, length = (load.batch, 1) if decoding else (1, load.prompt)
@@ -84,6 +82,21 @@ def make_step(
     placed = place_params(params, mesh)
     whole = place(tokens, PartitionSpec(), mesh)
     return Step(step, (placed, place_cache(cache, mesh), whole), donated=(1,))
+
+
+@cache
+def stored(layout: Layout, weights: str | None, place: Target) -> tuple[Any, Any]:
+    """`(f, params)`: the scheme's arrays as a machine keeps them, in shapes.
+
+    One GPU has them as `qjax.pack` makes them for XLA; packed arrays are not cut.
+    """
+    f, params = layout.shapes()
+    if weights is None:
+        return f, params
+    params = quantized_shapes(f, params, weights)
+    if place.platform == "gpu" and place.devices == 1:
+        params = jax.eval_shape(partial(pack, target=place), params)
+    return f, params
 
 
 def target(machine: Machine) -> Target:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from qjax.ops import GPU_COMPILER_OPTIONS, GPU_DECODE_OPTIONS
 from qjax.plan import layouts
 from qjax.plan.compiling import Compiled, compile_step
 from qjax.plan.counting import Tally, count
@@ -25,12 +26,6 @@ from qjax.plan.roofline import times
 from qjax.plan.serving import serving
 from qjax.plan.shapes import nbytes
 from qjax.plan.steps import Load, make_step
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    # Without it XLA writes decoded 4-bit weights to memory: see kernels/README.md.
-    "gpu": {"xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True},
-    "tpu": {},
-}
 
 
 def devices_of(target: Machine) -> list[Any]:
@@ -50,6 +45,14 @@ def devices_of(target: Machine) -> list[Any]:
     return list(found.devices)
 
 
+def options(target: Machine, load: Load) -> dict[str, Any]:
+    """XLA's, as qjax says to give them: they keep narrow weights narrow."""
+    if target.platform != "gpu":
+        return {}
+    few = load.step == "decode" and 8 <= load.batch <= 64
+    return GPU_DECODE_OPTIONS if few else GPU_COMPILER_OPTIONS
+
+
 def plan(layout: layouts.Layout, target: Machine, devices: Any, job: Any) -> Any:
     """One program: memory of each device, what it does and the limits of its time."""
     start, used = time.perf_counter(), time.process_time()
@@ -58,7 +61,7 @@ def plan(layout: layouts.Layout, target: Machine, devices: Any, job: Any) -> Any
     step = make_step(layout, scheme, target, load, devices)
     params, cache, _ = step.arguments
     tally = count(step.f, *step.arguments)
-    compiled = compile_step(step, target.devices, OPTIONS[target.platform])
+    compiled = compile_step(step, target.devices, options(target, load))
     return {
         **job,
         **memory(compiled, target),

@@ -36,6 +36,7 @@ FORMATS = [
     (Int(4, group(64), symmetric=False), None, GPU),
     (Int(4, channel(), symmetric=False), Int(8, token()), CPU),
     (Int(8), Int(8, token(), symmetric=False), CPU),
+    (Int(8), Int(8, token()), HOPPER),
 ]
 
 
@@ -97,7 +98,7 @@ def test_a_refusal_on_a_gpu_says_why(format, target, why):
 
 
 def test_other_activations_are_refused_on_hopper():
-    q = quantized(Int(8), Int(8, token()))
+    q = quantized(Int(4, group(64)), Int(8, token()))
     assert qjax.pack(q, HOPPER).parts[0] is q.parts[0]
     (choice,) = choices(q, 0, jnp.ones((M, K), jnp.bfloat16), "auto", HOPPER)
     assert "takes float activations" in choice.refused
