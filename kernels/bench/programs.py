@@ -115,6 +115,7 @@ class CudaProgram:
         "spilled_bytes",
         "instructions",
         "instructions_per_weight",
+        "product_columns",
         "temporary_bytes",
     )
     compilers: tuple[str, ...] = ("jax-cuda13-pjrt", "nvidia-cuda-nvcc")
@@ -132,6 +133,7 @@ class CudaProgram:
             "spilled_bytes": found.spilled,
             "instructions": found.instructions,
             "instructions_per_weight": found.per_weight,
+            "product_columns": found.columns,
             "temporary_bytes": found.temporaries,
         }
 

@@ -22,6 +22,7 @@ from jax.experimental import topologies  # noqa: E402
 
 CARD = Path(__file__).parent / "h200.txtpb"
 OPCODE = re.compile(r"^\s+(?:\{[^}]*?; )?(?:@!?%p\d+\s+)?([a-z][a-z0-9_]*)\.\S+.*;")
+PRODUCT = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k")
 WEIGHTS = 64  # of one unit in one thread: 64 outputs by 128 inputs in 128 threads
 
 
@@ -34,6 +35,7 @@ class Compiled:
       spilled: bytes that did not fit into registers.
       instructions: of the kernel's PTX.
       per_weight: PTX instructions for each weight in the loop that multiplies.
+      columns: of the matrix unit's product, which tokens fill; its 64 rows are outputs.
       temporaries: bytes of memory beside arguments and results.
     """
 
@@ -41,6 +43,7 @@ class Compiled:
     spilled: int
     instructions: int
     per_weight: float
+    columns: int
     temporaries: int
 
 
@@ -77,7 +80,7 @@ def compile_for(
     if len(kernels) > 1:
         raise RuntimeError(f"the program has several kernels: {kernels}")
     if not kernels:
-        return Compiled(0, 0, 0, 0.0, temporaries)
+        return Compiled(0, 0, 0, 0.0, 0, temporaries)
     said = kernels[0].with_suffix(".ptxas").read_text()
     lines = kernels[0].read_text().splitlines()
     return Compiled(
@@ -85,6 +88,7 @@ def compile_for(
         spilled=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         instructions=len(instructions(lines)),
         per_weight=len(instructions(multiplying(lines))) / WEIGHTS,
+        columns=max(int(n) for line in lines for n in PRODUCT.findall(line)),
         temporaries=temporaries,
     )
 

@@ -18,7 +18,7 @@ from qjax.ops.level_kernels import (
     levels_product,
     unfit_levels,
 )
-from qjax.ops.narrow import is_narrow
+from qjax.ops.narrow import has_narrow
 from qjax.ops.packed import TILES, Packed, whole_zeros
 from qjax.ops.packed import unfit as unfit_packed
 from qjax.ops.sums import has_coded_sums, has_sums
@@ -112,10 +112,7 @@ def _by_xla(
         refused=why,
         sums=target.platform == "tpu" and matrix and _sums(part, activation),
         narrow=(
-            target.platform == "gpu"
-            and x.ndim == 2
-            and activation is None
-            and is_narrow(part)
+            target.platform == "gpu" and x.ndim == 2 and has_narrow(part, activation)
         ),
         # A CPU's int8 products are fast for matrices only, not for a few vectors.
         tokens=8 if target.platform == "cpu" else 1,

@@ -20,7 +20,7 @@ from qjax.ops.activations import (
     integers,
 )
 from qjax.ops.kernels import Choice, check_implementation, choices, kernel_product
-from qjax.ops.narrow import narrow_product
+from qjax.ops.narrow import coded_narrow_product, narrow_product
 from qjax.ops.outliers import kept_product, split_outliers
 from qjax.ops.packed import ROWS, Packed
 from qjax.ops.rotations import rotation_choice, turned
@@ -142,15 +142,13 @@ def _matmul(
         if not splits
     ]
     by_sums = [part for part, choice in zip(q.parts, chosen) if choice.sums]
+    narrow = [part for part, choice in zip(q.parts, chosen) if choice.narrow]
     if acts.activation is None:
         terms += [sums_product(x, part, dtype, precision) for part in by_sums]
+        terms += [narrow_product(x, part, dtype, precision) for part in narrow]
     else:
-        terms += [_coded_product(x, acts, p, dtype, dot, 1, True) for p in by_sums]
-    terms += [
-        narrow_product(x, part, dtype, precision)
-        for part, choice in zip(q.parts, chosen)
-        if choice.narrow
-    ]
+        for way, parts in (("sums", by_sums), ("narrow", narrow)):
+            terms += [_coded_product(x, acts, p, dtype, dot, 1, way) for p in parts]
     own = [bool(c.generation) or c.sums or c.narrow for c in chosen]
     values = [part for part, taken in zip(q.parts, own) if not taken]
     if acts.activation is not None:
@@ -164,7 +162,7 @@ def _matmul(
                 for part, generation in on_kernel
             ]
         least = max((choice.tokens for choice in chosen), default=1)
-        terms += [_coded_product(x, acts, p, dtype, dot, least, False) for p in coded]
+        terms += [_coded_product(x, acts, p, dtype, dot, least, "") for p in coded]
         x = coded_values(x, acts)
         if kept is not None:
             terms += [decoded(dot, kept, part) for part in coded]
@@ -227,11 +225,13 @@ def _coded_product(
     dtype: Any,
     dot: Any,
     tokens: int,
-    sums: bool,
+    way: str,
 ) -> Any:
     """Codes contracted with codes; the gradient is that of their values."""
-    if sums:
+    if way == "sums":
         return coded_sums_product(x, acts, part).astype(dtype)
+    if way == "narrow":
+        return coded_narrow_product(x, acts, part).astype(dtype)
     coded = code_input(x, acts)
     whole = isinstance(part.format, Int)
     y = _int_dot(coded, part, tokens) if whole else _float8_dot(coded, part)
@@ -240,9 +240,9 @@ def _coded_product(
 
 @_coded_product.defjvp
 def _coded_product_jvp(
-    dtype: Any, dot: Any, tokens: int, sums: bool, primals: Any, tangents: Any
+    dtype: Any, dot: Any, tokens: int, way: str, primals: Any, tangents: Any
 ) -> Any:
-    out = _coded_product(*primals, dtype, dot, tokens, sums)
+    out = _coded_product(*primals, dtype, dot, tokens, way)
     return out, jax.jvp(partial(_values, dot), primals, tangents)[1]
 
 

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 
 from qjax.core.coded import Coded
 from qjax.core.formats import Int
-from qjax.ops.packed import NARROW, Packed
+from qjax.core.qtensor import Activation, SiteActs
+from qjax.ops.activations import code_input, integers
+from qjax.ops.packed import NARROW, Packed, narrow_tokens
 
 GPU_COMPILER_OPTIONS = {
     "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True
@@ -40,6 +42,31 @@ def is_narrow(part: Coded) -> bool:
     plain = format.bits == 8 and not isinstance(part, Packed)
     stored = plain or (isinstance(part, Packed) and part.order == NARROW)
     return stored and K % (format.granularity.rows or K) == 0
+
+
+def has_narrow(part: Coded, activation: Activation | None) -> bool:
+    """Whether the form takes a part with a site's tokens, as they are or in integers.
+
+    Coded tokens meet groups this way; whole channels of int8 have a product of their
+    own.
+    """
+    if activation is None:
+        return is_narrow(part)
+    grouped = part.format.granularity.rows is not None
+    return grouped and narrow_tokens(activation) and is_narrow(part)
+
+
+def coded_narrow_product(x: Any, acts: SiteActs, part: Coded) -> jax.Array:
+    """`x[M, K]`, coded by token, times the part, float32 `[M, N]`.
+
+    Codes of 8 bits are exact in bfloat16; weights are rounded to the dtype of `x`. A
+    product of integers would be one for each group, and a loop over these.
+    """
+    coded = code_input(x, acts)
+    assert isinstance(coded.format, Int)
+    codes, _ = integers(coded.codes, coded.grid, coded.format)
+    y = narrow_product(codes.T.astype(x.dtype), part, jnp.float32)
+    return y * coded.grid.scale.astype(jnp.float32).T
 
 
 def narrow_product(x: Any, part: Coded, dtype: Any, precision: Any = None) -> jax.Array:

@@ -85,9 +85,10 @@ def pack(qparams: Any, target: Target | None = None) -> Any:
 
     For a Hopper GPU, integers of 2, 3, 4 and 8 bits that meet float activations: its
     kernel takes them only if they are packed. For other GPUs, 4-bit integers that meet
-    float activations. For a CPU, integers of whole channels that meet integers, and for
-    any GPU those of 8 bits: their products read both along K, and a loop over layers
-    would first turn all weights.
+    float activations, and for any GPU groups of them that meet coded tokens. For a CPU,
+    integers of whole channels that meet integers, and for any GPU those of 8 bits:
+    their products read both along K, and a loop over layers would first turn all
+    weights.
     Anything else, and everything on a TPU, is returned as it is. Do this once, after
     loading; packed leaves are neither saved nor sharded. `unpack` gives back what was
     packed, bit for bit.
@@ -126,12 +127,23 @@ def order_for(q: QTensor, target: Target) -> str:
         return TILES if target.generation == "hopper" else NARROW
     if target.platform == "tpu" or not activations or not all(activations):
         return ""
-    whole_bytes = all(isinstance(p.format, Int) and p.format.bits == 8 for p in q.parts)
-    if target.platform == "gpu" and not whole_bytes:
-        return ""
+    if target.platform == "gpu" and not all(_has_bits(p, 8) for p in q.parts):
+        groups = [p.format.granularity.rows for p in q.parts if _has_bits(p, 4)]
+        return NARROW if all(groups) and all(map(narrow_tokens, activations)) else ""
     pairs = [(p.format, a.format) for p in q.parts for a in activations if a]
     whole = all(f.granularity.rows is None for pair in pairs for f in pair)
     return ROWS if whole and {contraction(*pair) for pair in pairs} == {"int"} else ""
+
+
+def narrow_tokens(activation: Any) -> bool:
+    """Whether tokens are integers that bfloat16 holds, one scale each and no zero."""
+    format = activation.format
+    whole = isinstance(format, Int) and format.symmetric and format.bits <= 8
+    return whole and format.granularity.rows is None and activation.outliers is None
+
+
+def _has_bits(part: Coded, bits: int) -> bool:
+    return isinstance(part.format, Int) and part.format.bits == bits
 
 
 def packed(q: QTensor, order: str) -> QTensor:

@@ -228,6 +228,19 @@ def test_every_unit_has_one_program_and_slots_do_not_collide(size, whole):
     np.testing.assert_array_equal(shared, plan.pieces().reshape(-1))
 
 
+@pytest.mark.parametrize("M", [1, 8, 16])
+@pytest.mark.parametrize(("K", "N"), [(4096, 4096), (4096, 14336), (14336, 4096)])
+def test_few_tokens_are_cut_along_the_inputs(M, K, N):
+    """Split-K: nearly every multiprocessor works, and none has a second tile to do."""
+    shape = jax.ShapeDtypeStruct
+    codes = shape((N // 64, K // 128, 8, 128), jnp.uint32)
+    weight = TiledWeight(codes, shape((K // 128, N), jnp.bfloat16), None, 4, 128, K)
+    launch = choose(M, weight)
+    plan = launch.stripes(M, weight)
+    assert plan.slots > 1 and plan.programs >= 120
+    assert launch.tokens == max(8, M)  # columns of the matrix unit, weights its rows
+
+
 LOWERED = [
     Case(4, 128),
     Case(3, 32, "int8", M=1, N=200),

@@ -1,5 +1,7 @@
 """Packing for hardware changes no value, and what it is for runs on it."""
 
+from types import SimpleNamespace
+
 import chex
 import jax
 import jax.export
@@ -15,6 +17,7 @@ from qjax.core.qtensor import Activation, QTensor, SiteActs
 from qjax.ops import Target, embed, matmul
 from qjax.ops.kernels import choices
 from qjax.ops.packed import Packed
+from qjax_kernels.compat import generation_of
 
 K, N, M = 256, 64, 3
 HOPPER, GPU, CPU = Target("gpu", "hopper"), Target("gpu"), Target("cpu")
@@ -97,8 +100,22 @@ def test_a_refusal_on_a_gpu_says_why(format, target, why):
     assert choice.implementation == "xla" and why in choice.refused
 
 
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [("7.5", "xla, narrow weights"), ("8.0", "xla, narrow weights")]
+    + [("9.0", "pallas hopper"), ("10.0", "xla, narrow weights")],
+)
+def test_a_gpu_without_a_kernel_runs_the_xla_form(capability, name):
+    """Ampere, what is older, and what is newer than Hopper."""
+    card = SimpleNamespace(platform="gpu", compute_capability=capability)
+    target = Target("gpu", generation_of(card))
+    q = qjax.pack(quantized(Int(4, group(64))), target)
+    (choice,) = choices(q, 0, jnp.ones((M, K), jnp.bfloat16), "auto", target)
+    assert choice.name == name
+
+
 def test_other_activations_are_refused_on_hopper():
-    q = quantized(Int(4, group(64)), Int(8, token()))
+    q = quantized(Int(4, group(64)), Int(8, group(64)))
     assert qjax.pack(q, HOPPER).parts[0] is q.parts[0]
     (choice,) = choices(q, 0, jnp.ones((M, K), jnp.bfloat16), "auto", HOPPER)
     assert "takes float activations" in choice.refused
@@ -127,6 +144,18 @@ def test_narrow_weights_agree_with_float64(format):
     )
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_meet_coded_tokens_on_a_gpu(symmetric):
+    """One product with scales on the weights, for a loop over groups of integers."""
+    q = quantized(Int(4, group(64), symmetric=symmetric), Int(8, token()))
+    x = jax.random.normal(jax.random.key(1), (M, K))
+    packed = qjax.pack(q, HOPPER)
+    (choice,) = choices(packed, 0, x, "auto", HOPPER)
+    assert choice.name == "xla, narrow weights"
+    y = matmul(x, packed, target=HOPPER)
+    np.testing.assert_allclose(y, matmul(x, q, target=CPU), rtol=1e-4, atol=1e-3)
+
+
 def f(params, x):
     return x @ params["w"]
 
@@ -143,6 +172,31 @@ def test_apply_lowers_to_the_kernel_and_to_the_gradient_of_the_values():
     seed = jnp.ones((M, N), jnp.bfloat16)
     pull = jax.eval_shape(lambda x: jax.vjp(lambda x: run(q, x), x)[1](seed)[0], x)
     assert pull.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("format", "activation", "target", "packed", "stored"),
+    [
+        (Int(4, group(64), symmetric=False), None, HOPPER, "ui32", "ui32"),
+        (Int(4, group(64), symmetric=False), None, GPU, "i4", "ui32"),
+        (Int(8), Int(8, token()), GPU, f"{N}x{K}xi8", f"{K}x{N}xi8"),
+    ],
+)
+def test_nothing_is_packed_in_a_call(format, activation, target, packed, stored):
+    """The weight goes as it was packed to the product that takes it."""
+    q = {"w": qjax.pack(quantized(format, activation), target)}
+    x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
+    run = jax.jit(qjax.apply(f, target=target))
+    module = jax.export.export(run, platforms=["cuda"])(q, x).mlir_module()
+    free = ("func.func", "call @", "custom_call", "return")
+    lines = [x for x in module.splitlines() if not any(word in x for word in free)]
+    taken = [line for line in lines if f"{packed}>" in line]
+    words = [line for line in lines if f"{stored}>" in line]
+    # A conversion or a view, which the product's own program takes in.
+    views = ("stablehlo.convert", "stablehlo.reshape", "stablehlo.transpose")
+    views += ("stablehlo.dot_general",)
+    assert all(any(view in line for view in views) for line in taken)
+    assert words == [] if packed != f"{N}x{K}xi8" else len(taken) > 0
 
 
 def test_packed_leaves_are_looked_up_but_neither_saved_nor_sharded(tmp_path):

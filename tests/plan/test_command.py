@@ -10,7 +10,8 @@ from matplotlib.image import imread
 from qjax import results
 from qjax.cli import main
 from qjax.plan.machines import machine
-from qjax.plan.report import merged, refusals, summary, table, verdict
+from qjax.plan.picture import plan_plot
+from qjax.plan.report import merged, refusals, summary, table, uncounted, verdict
 
 FIELDS = {
     "model_type": "llama",
@@ -43,6 +44,7 @@ def fails(capfd, *arguments):
 def test_one_sentence_for_what_is_not_known(model, capfd, monkeypatch, tmp_path):
     assert "valid are names such as" in fails(capfd, model, "--topology", "v9:2x2")
     assert "valid are bf16" in fails(capfd, model, "--scheme", "W4A17")
+    assert "--batch is 0" in fails(capfd, model, "--batch", 0)
     assert "--prompt is 64" in fails(capfd, model, "--context", 32, "--prompt", 64)
     assert "known by name" in fails(capfd, "no/such-model")
     monkeypatch.setattr("sys.prefix", str(tmp_path))
@@ -58,6 +60,7 @@ def program(step: str, **more):
     found |= {"bytes_per_token": 1e6, "operations_per_token": 2e9, "refusal": ""}
     found |= {"tokens": 16, "seconds": 2.0, "cpu_seconds": 1.0, "peak_rss_bytes": 5e8}
     found |= {"limit_seconds": 0.002, "compiled_seconds": 0.003}
+    found |= {"matrix_seconds": 0.001, "memory_seconds": 0.002}
     found |= {"sent_bytes_per_device": 1e6}
     return {**GIVEN, "step": step, **found, **more}
 
@@ -75,7 +78,27 @@ def test_programs_of_a_scheme_make_one_record():
     both["decode"] = {**GIVEN, "step": "decode", "error": "INTERNAL: lost"}
     assert verdict(both) == "failed"
     assert "failed: INTERNAL: lost" in refusals([merged("W4A16", both)])[0]
-    assert table([record], machine("v5e:2x4"), "small").row_count == 1
+    drawn = table([record], machine("v5e:2x4"), "small")
+    assert drawn.row_count == 1 and "Not in them: vector units" in drawn.caption
+    assert uncounted([record]) == []
+    both["decode"] = program("decode", uncounted={"while": 2})
+    assert uncounted([merged("W4A16", both)]) == [
+        "W4A16, decode: counted once or not: while (2)"
+    ]
+
+
+def test_loads_make_a_picture_of_memory_and_roofline(tmp_path):
+    """A row of two for each of batch and context; refused programs have no limit."""
+    refused = {"fits": False, "refusal": "Ran out of memory"}
+    loads = {(1, 2048): {}, (8, 2048): {"memory_seconds": 0.0001}, (1, 4096): refused}
+    records = [
+        merged("W4A16", {"decode": program("decode", batch=b, context=c, **more)})
+        for (b, c), more in loads.items()
+    ]
+    for count, name in ((1, "one.png"), (3, "three.png")):
+        plan_plot(tmp_path / name, records[:count], machine("v5e:2x4"), "small")
+    one, three = (imread(tmp_path / name).shape[0] for name in ("one.png", "three.png"))
+    assert three > 1.7 * one
 
 
 @with_compiler
