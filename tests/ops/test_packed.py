@@ -184,7 +184,7 @@ def test_apply_lowers_to_the_kernel_and_to_the_gradient_of_the_values():
     ids=["tiles", "narrow", "rows"],
 )
 def test_nothing_is_packed_in_a_call(format, activation, target, packed, stored):
-    """Codes go as they were packed to the product; conversions and views are its own."""
+    """Codes go as they were packed to the product; views of them are its own."""
     q = {"w": qjax.pack(quantized(format, activation), target)}
     x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
     run = jax.jit(qjax.apply(f, target=target))
