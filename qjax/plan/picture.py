@@ -48,6 +48,7 @@ def plan_plot(
             draw(left, right, _fixed(records, name), name)
             capacity = machine.chip.memory / GIB
             left.axhline(capacity, color=INK, lw=1, ls=(0, (4, 3)))
+            left.set_ylim(0, 1.08 * max(capacity, left.dataLim.y1))
             left.annotate(
                 f"{machine.chip.name}: {capacity:.1f} GiB",
                 (0.02, capacity),

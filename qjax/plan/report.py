@@ -11,10 +11,10 @@ from qjax.results import Record
 
 GIB = 2**30
 SAID_BY = (
-    "Fits, sizes and sent bytes are those of the compiler's final program; needed "
-    "bytes and operations are counted from the jaxpr. limit: the needed bytes at full "
-    "bandwidth or the operations at the peak rate, then what is sent; as compiled: "
-    "the same with the bytes that the final program moves."
+    "Limits, not measurements. Fits, sizes and sent bytes are those of the compiler's "
+    "final program; needed bytes and operations are counted from the jaxpr. limit: the "
+    "needed bytes at full bandwidth or the operations at the peak rate, then what is "
+    "sent; as compiled: the same with the bytes that the final program moves."
 )
 UNKNOWN = (
     "vector units (only counted)",
