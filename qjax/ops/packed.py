@@ -138,7 +138,7 @@ def order_for(q: QTensor, target: Target) -> str:
 def narrow_tokens(activation: Any) -> bool:
     """Whether tokens are integers that bfloat16 holds, one scale each and no zero."""
     format = activation.format
-    whole = isinstance(format, Int) and format.symmetric and format.bits <= 8
+    whole = isinstance(format, Int) and bool(format.symmetric) and format.bits <= 8
     return whole and format.granularity.rows is None and activation.outliers is None
 
 
