@@ -126,7 +126,7 @@ def rounded(options: Options, model: Model, row: Row) -> Any:
         weights = qjax.Int(BITS, qjax.group(GROUP), **own, **rule)
         method = qjax.AutoRound(weights=weights)
         text = file_text(training_text(options))
-        cut = windows(encode_text(model.tokenizer, text), 512).tokens
+        cut = windows(encode_text(model.tokenizer, text), options.length).tokens
         data = [(r[None],) for r in cut[:: len(cut) // 128][:128]]
     params = computing(model.params, "float32")
     return qjax.quantize(
