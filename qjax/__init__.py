@@ -79,7 +79,7 @@ from qjax.methods import (
     ZeroQuant,
     ZeroQuantLKD,
 )
-from qjax.models.coded_cache import quantize_cache
+from qjax.models.coded_cache import KVCache, quantize_cache
 from qjax.models.functional import functional
 from qjax.observe import observe
 from qjax.on_the_fly import load_quantized
@@ -159,6 +159,7 @@ __all__ = [
     "IMatrix",
     "Int",
     "KLRange",
+    "KVCache",
     "LLMInt8",
     "LSQPlus",
     "LazyLeaf",

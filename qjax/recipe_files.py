@@ -11,6 +11,7 @@ and `{block: [128, 128]}`:
         search: MSE
         ignore: [layers/0]
     - RTN: {scheme: W8A16, targets: layers/0}
+    - KVCache
 """
 
 import os
@@ -27,10 +28,13 @@ from qjax.core.formats import Granularity, block, channel, group, tensor, token
 from qjax.core.qtensor import Activation
 from qjax.core.scales import MSE, AbsMax, MinMax, Percentile
 from qjax.methods import METHODS
+from qjax.models.coded_cache import KVCache
 from qjax.recipe_llmcompressor import is_stages, steps_of_stages
 from qjax.recipes import kind_of
 
-STEPS: dict[str, type] = {each.__name__: each for each in (*METHODS, MixedPrecision)}
+STEPS: dict[str, type] = {
+    each.__name__: each for each in (*METHODS, MixedPrecision, KVCache)
+}
 PARTS: dict[str, type] = {
     each.__name__: each
     for each in (

@@ -5,9 +5,10 @@
         GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}
 
 Modifiers become AWQ, SmoothQuant, RTN, GPTQ, AutoRound, and IMatrix where the observer
-says so. Two things are not taken over, since the traced program tells them: which
-layers feed which (`mappings`, with a warning) and how the model is cut
-(`sequential_targets`). Routers of experts stay in float unless a pattern names them.
+says so; `kv_cache_scheme` becomes KVCache. Two things are not taken over, since the
+traced program tells them: which layers feed which (`mappings`, with a warning) and how
+the model is cut (`sequential_targets`). Routers of experts stay in float unless a
+pattern names them.
 Defaults are those of llm-compressor 0.14, which for GPTQ's `actorder` are newer than
 many recipes.
 """
@@ -21,8 +22,10 @@ from typing import Any
 from qjax.core.formats import Int
 from qjax.core.scales import MINMAX, MSE
 from qjax.io.compressed_arguments import activation_of, scheme_of
+from qjax.io.compressed_config import codes_cache
 from qjax.io.modules import checked
 from qjax.methods import AWQ, GPTQ, RTN, AutoRound, IMatrix, SmoothQuant
+from qjax.models.coded_cache import KVCache
 from qjax.recipe_modules import Modules, ignored, resolved
 from qjax.recipe_schemes import calibrator_of, search_of
 from qjax.schemes import Scheme, scheme
@@ -98,7 +101,8 @@ def steps_of_stages(
                 steps += _steps(str(modifier), given or {}, modules)
     if not steps:
         raise ValueError("the recipe has no modifier")
-    return tuple(steps)
+    rest = tuple(step for step in steps if step != KVCache())
+    return (KVCache(), *rest) if KVCache() in steps else rest
 
 
 def _steps(name: str, given: Mapping[str, Any], modules: Modules | None) -> list[Any]:
@@ -114,7 +118,30 @@ def _steps(name: str, given: Mapping[str, Any], modules: Modules | None) -> list
             QuantizationWarning,
             stacklevel=4,
         )
-    return _BUILDERS[name](name, given, modules)
+    cached = _codes_cache(name, given.get("kv_cache_scheme"))
+    steps = _BUILDERS[name](name, given, modules)
+    return [KVCache(), *steps] if cached else steps
+
+
+def _codes_cache(name: str, scheme: Any) -> bool:
+    """Whether keys and values are coded; only the largest of them make a range."""
+    owner = f"{name}.kv_cache_scheme"
+    if not codes_cache(owner, scheme):
+        return False
+    observer = scheme.get("observer", "minmax")
+    if observer not in ("minmax", "static_minmax", None):
+        raise ValueError(
+            f"{owner}.observer {observer!r} has no counterpart; known are minmax and "
+            "static_minmax"
+        )
+    if observer != "static_minmax":
+        warnings.warn(
+            f"{owner}: the largest key and value of all batches are taken, as observer "
+            "'static_minmax' does; llm-compressor's 'minmax' averages over batches",
+            QuantizationWarning,
+            stacklevel=5,
+        )
+    return True
 
 
 def _smoothquant(
@@ -225,8 +252,6 @@ def _groups(
     name: str, given: Mapping[str, Any], modules: Modules | None
 ) -> list[Grouped]:
     """The schemes that a modifier names, each with its patterns."""
-    if given.get("kv_cache_scheme"):
-        raise ValueError(f"{name}.kv_cache_scheme: caches are not quantized by recipes")
     named, groups = given.get("scheme"), given.get("config_groups")
     if (named is None) == (not groups):
         raise ValueError(f"{name} needs scheme or config_groups, one of them")

@@ -50,17 +50,19 @@ class Candidate:
         return "embedding" in self.kinds
 
 
-KINDS_OF_STEPS = ("allocate", "transform", "quantize", "repair")
+KINDS_OF_STEPS = ("cache", "allocate", "transform", "quantize", "repair")
 
 
 def kind_of(step: Any) -> str:
-    """What a step does: "allocate", "transform", "quantize" or "repair".
+    """What a step does: "cache", "allocate", "transform", "quantize" or "repair".
 
     A repair that has formats of its own (`quantizes`) quantizes.
 
     Raises:
         TypeError: it is not a method.
     """
+    if getattr(step, "codes_cache", False) and not isinstance(step, type):
+        return "cache"
     for kind in ("allocate", "transform", "repair"):
         if hasattr(step, kind) and not isinstance(step, type):
             return "quantize" if getattr(step, "quantizes", False) else kind
@@ -99,17 +101,30 @@ def steps_of(recipe: Any) -> tuple[Any, ...]:
 
 
 def check_quantizes(steps: Sequence[Any]) -> None:
-    """Refuse a recipe that codes no weights.
+    """Refuse a recipe that codes no weights, or more than weights.
 
     Raises:
         ValueError: naming its steps.
     """
+    if cache_apart(steps)[1]:
+        raise ValueError(
+            "the recipe has the step KVCache, which changes the function as well as "
+            "the parameters: call f, params = qjax.quantize_cache(f, params, batches) "
+            "and leave it out"
+        )
     if all(kind_of(step) in ("transform", "repair") for step in steps):
         names = ", ".join(type(step).__name__ for step in steps)
         raise ValueError(
             f"the recipe ({names}) quantizes no weights: add a method that does, such "
             'as RTN("W8A8")'
         )
+
+
+def cache_apart(recipe: Any) -> tuple[tuple[Any, ...], bool]:
+    """The steps without those that code the cache, and whether there was one."""
+    steps = tuple(recipe) if isinstance(recipe, (tuple, list)) else (recipe,)
+    rest = tuple(step for step in steps if kind_of(step) != "cache")
+    return rest, len(rest) < len(steps)
 
 
 def allocated(

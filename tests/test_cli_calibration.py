@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from safetensors.numpy import load_file
 
 import qjax
 from qjax import cuts, results
 from qjax.catalogue import BLOCKWISE, CALIBRATED, COMPARED, named
 from qjax.cli import main
 from qjax.commands.calibration import CalibrationText
-from qjax.commands.inputs import Model
+from qjax.commands.inputs import Model, open_model
 from qjax.commands.quantize import Quantize
 from qjax.data import Text
 from qjax.recipes import steps_of
@@ -53,7 +54,7 @@ def test_quantize_calibrates_and_reports(folder, text, tmp_path, capfd):
     made, report = tmp_path / "made", tmp_path / "report.jsonl"
     code, out, err = run(
         capfd, "quantize", folder, made, "--recipe", "gptq", "--scheme", "W4A16",
-        "--calibration.text", text, "--calibration.length", "32",
+        "--calibration.text", text, "--calibration.length", "32", "--kv-cache", "fp8",
         "--calibration.samples", "8", "--calibration.report", report,
     )  # fmt: skip
     assert code == 0, err
@@ -63,6 +64,16 @@ def test_quantize_calibrates_and_reports(folder, text, tmp_path, capfd):
     assert imread(report.with_suffix(".png")).shape[0] > 300
     code, _, err = run(capfd, "eval", made, "--text", text, "--window", "32")
     assert code == 0, err
+    code, _, err = run(capfd, "export", made, tmp_path / "out")
+    assert code == 0, err
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    f, params, _, _ = qjax.load_model(folder, scan_layers=True)
+    rows = CalibrationText(text, samples=8, length=32).batches(open_model(str(folder)))
+    _, coded = qjax.quantize_cache(f, params, rows)
+    for each in ("k_scale", "v_scale"):  # those of the float model
+        found = [tensors[f"model.layers.{i}.self_attn.{each}"] for i in range(2)]
+        expected = coded["layers"]["attn"][each]
+        np.testing.assert_allclose(np.stack(found), expected, rtol=1e-6)
 
 
 def test_a_transform_with_a_scheme_is_followed_by_rounding():

@@ -35,8 +35,9 @@ from qjax.methods import (
     SimplePTQ,
     SmoothQuant,
 )
+from qjax.models.coded_cache import KVCache
 from qjax.recipe_files import read_recipe, write_recipe
-from qjax.recipes import steps_of
+from qjax.recipes import cache_apart, check_quantizes, steps_of
 from qjax.schemes import SCHEMES, Scheme, scheme
 from qjax.trace.control import QuantizationWarning
 
@@ -63,6 +64,7 @@ RECIPES = [
     (RTN(weights=Codebook((-1.0, 0.0, 0.5, 1.0), group(8)), rounding="stochastic"),),
     (RTN(weights=MX("fp6"), activations=Activation(Float("e4m3", token()))),),
     (QEP(then=RTN("W4A16")),),
+    (KVCache(), RTN("FP8_DYNAMIC")),
     (
         MixedPrecision((None, RTN("W4A16"), RTN("FP8_DYNAMIC")), target_bits=5),
         RTN("W8A16", targets=("lm_head",)),
@@ -334,6 +336,21 @@ def test_mappings_are_the_traced_programs():
 
 
 GROUP = {"group_0": {"weights": {**W4, "bits": 4}}}
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+
+
+def test_a_coded_cache_is_a_step_of_its_own():
+    fields = {"scheme": "W8A8", "kv_cache_scheme": CACHE, **LINEAR}
+    given = {"SmoothQuantModifier": {}, "QuantizationModifier": fields}
+    with pytest.warns(QuantizationWarning, match="largest key and value of all"):
+        steps = read_recipe(stages(given))
+    assert steps == (KVCache(), SmoothQuant(span=True), RTN(scheme="W8A8"))
+    fields["kv_cache_scheme"] = CACHE | {"observer": "static_minmax"}
+    assert read_recipe(stages(given)) == steps
+    assert cache_apart(steps) == (steps[1:], True)
+    assert read_recipe("[KVCache, RTN]")[0] == KVCache()
+    with pytest.raises(ValueError, match=r"KVCache.*qjax\.quantize_cache\(f, params"):
+        check_quantizes(steps_of(steps))
 
 
 @pytest.mark.parametrize(
@@ -354,7 +371,16 @@ GROUP = {"group_0": {"weights": {**W4, "bits": 4}}}
         ),
         (
             {"GPTQModifier": {"scheme": "W4A16", "kv_cache_scheme": {"num_bits": 8}}},
-            "kv_cache_scheme",
+            "GPTQModifier.kv_cache_scheme is static int8 tensor, supported is float8",
+        ),
+        (
+            {
+                "GPTQModifier": {
+                    "scheme": "W4A16",
+                    "kv_cache_scheme": CACHE | {"observer": "mse"},
+                }
+            },
+            "kv_cache_scheme.observer 'mse' has no counterpart",
         ),
         ({"AutoRoundModifier": {"scheme": "FP8"}}, "dynamic ones"),
         (

@@ -9,7 +9,8 @@ two, the peers open those and write their own into `WORK/theirs` (README.md has 
 commands). `collect` loads theirs, and writes `results/matrix.jsonl`,
 `results/architectures.jsonl` and the summary `results/formats.jsonl`: for each scheme
 and peer the largest difference of a token's logits over the largest logit, the median
-of the tokens.
+of the tokens. Two more say why some are large: `results/linears.jsonl`, every linear on
+the peer's own inputs, and `results/fused.jsonl`, experts that transformers fuses.
 
 Cost: an hour on one core, and half as much for the peers.
 """
@@ -18,136 +19,26 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rows import ARCHITECTURES, EXPERTS, ROWS, Row
 
 import qjax
 from qjax.commands.inputs import BUNDLED
-from qjax.core.formats import Codebook, Int, channel, group, tensor
-from qjax.core.qtensor import Activation
+from qjax.io.huggingface import read_config
+from qjax.io.named import named_leaves
+from qjax.ops import matmul
 from qjax.results import Record, append, environment
 
 RESULTS = Path(__file__).parent / "results"
 SEEN, COMPARED = 8, 4  # tokens in a row, rows, of which logits are compared
-
-
-@dataclass(frozen=True)
-class Row:
-    """A scheme in a format: the recipe that we export, and who writes the same."""
-
-    format: str
-    name: str
-    recipe: Any = None
-    theirs: tuple[str, ...] = ()
-    coded_cache: bool = False
-
-    @property
-    def folder(self) -> str:
-        """Where our export of it is."""
-        return f"{self.format}-{self.name}".replace(" ", "_")
-
-    @property
-    def label(self) -> str:
-        """The row's head."""
-        return f"{self.format} {self.name}"
-
-
-def integer(bits: int, rows: int | None = 32, **more: Any) -> Any:
-    """Round to nearest in groups, or in channels."""
-    shared = group(rows) if rows else channel()
-    return qjax.RTN(weights=Int(bits, shared, **more))
-
-
-INT8 = Activation(Int(8, tensor(), symmetric=False), dynamic=False)
-ZERO = {"symmetric": False}
-ct = partial(Row, "compressed-tensors")
-ROWS = (
-    ct("W4A16", integer(4), ("llmcompressor-w4", "llmcompressor-w4_gptq")),
-    ct("W4A16 asym", integer(4, **ZERO), ("llmcompressor-w4_asym",)),
-    ct("W4A16 channel", integer(4, None), ("llmcompressor-w4_channel",)),
-    ct("W4A16 g_idx", qjax.GPTQ(weights=Int(4, group(32)), act_order="dynamic")),
-    ct("W2A16", integer(2), ("llmcompressor-w2",)),
-    ct("W3A16", integer(3), ("llmcompressor-w3",)),
-    ct("W8A16", integer(8), ("llmcompressor-w8",)),
-    ct(
-        "W8A8",
-        qjax.RTN("W8A8"),
-        ("llmcompressor-w8a8", "llmcompressor-w8a8_smooth_gptq"),
-    ),
-    ct(
-        "W8A8 static",
-        qjax.RTN(weights=Int(8), activations=INT8),
-        ("llmcompressor-w8a8_static",),
-    ),
-    ct("W4A8", qjax.RTN("W4A8"), ("llmcompressor-w4a8",)),
-    ct("FP8", qjax.RTN("FP8"), ("llmcompressor-fp8",)),
-    ct("FP8_DYNAMIC", qjax.RTN("FP8_DYNAMIC"), ("llmcompressor-fp8_dynamic",)),
-    ct("FP8_BLOCK", qjax.RTN("FP8_BLOCK"), ("llmcompressor-fp8_block",)),
-    ct(
-        "FP8_DYNAMIC, cache",
-        qjax.RTN("FP8_DYNAMIC"),
-        ("llmcompressor-fp8_cache",),
-        coded_cache=True,
-    ),
-    ct("NVFP4A16", qjax.RTN("NVFP4A16"), ("llmcompressor-nvfp4a16",)),
-    ct("NVFP4", qjax.RTN("NVFP4"), ("llmcompressor-nvfp4",)),
-    ct("MXFP4A16", qjax.RTN("MXFP4A16"), ("llmcompressor-mxfp4a16",)),
-    ct("MXFP4", qjax.RTN("MXFP4"), ("llmcompressor-mxfp4",)),
-    ct("MXFP8", qjax.RTN("MXFP8"), ("llmcompressor-mxfp8",)),
-    ct(
-        "mixed",
-        (
-            qjax.RTN("W8A8", targets="*down_proj*"),
-            qjax.RTN("NVFP4A16", targets="*o_proj*"),
-            integer(4),
-        ),
-        ("llmcompressor-mixed",),
-    ),
-    *(
-        Row(
-            "gptq",
-            f"{bits} bits",
-            integer(bits),
-            (f"autoround-gptq-w{bits}", f"gptqmodel-w{bits}"),
-        )
-        for bits in (2, 3, 4, 8)
-    ),
-    Row("gptq", "4 bits asym", integer(4, **ZERO), ("autoround-gptq-w4_asym",)),
-    Row("gptq", "4 bits channel", integer(4, None), ("autoround-gptq-w4_channel",)),
-    Row(
-        "gptq",
-        "4 bits desc_act",
-        qjax.GPTQ(weights=Int(4, group(32)), act_order="dynamic"),
-        ("gptqmodel-w4_desc_act",),
-    ),
-    *(Row("gptq-v2", f"{bits} bits asym", integer(bits, **ZERO)) for bits in (2, 3, 8)),
-    Row("gptq-v2", "4 bits asym", integer(4, **ZERO), ("gptqmodel-w4_asym",)),
-    Row("awq", "4 bits", integer(4), ("autoround-awq-w4",)),
-    Row("awq", "4 bits asym", integer(4, **ZERO), ("autoround-awq-w4_asym",)),
-    Row("bitsandbytes", "NF4", qjax.RTN("NF4"), ("bitsandbytes-nf4",)),
-    Row("bitsandbytes", "NF4 double", qjax.RTN("NF4_DQ"), ("bitsandbytes-nf4_double",)),
-    Row(
-        "bitsandbytes",
-        "FP4",
-        qjax.RTN(weights=Codebook("fp4", group(64))),
-        ("bitsandbytes-fp4",),
-    ),
-    Row("bitsandbytes", "LLM.int8()", qjax.LLMInt8(), ("bitsandbytes-int8",)),
-    *(
-        Row("hqq", f"{bits} bits", qjax.HQQ(bits, 32), (f"hqq-w{bits}",))
-        for bits in (1, 2, 3, 4, 8)
-    ),
-)
-ARCHITECTURES = (
-    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2"),
-    *("gemma3_text", "phi3", "gpt2", "opt", "bert"),
-)
 
 
 def tokens(folder: Path) -> np.ndarray:
@@ -172,31 +63,40 @@ def export(work: Path, *only: str) -> None:
     for kind in [each for each in every if each in only] or every:
         base = BUNDLED if kind == "bundled" else work / "architectures" / kind
         loaded = qjax.load_model(base, dtype=jnp.float32, scan_layers=True)[:2]
+        kept: Any = cache(partial(_quantized, *loaded, tokens(base)))
         for row in rows:
-            _export(row, base, *loaded, work / "ours" / kind / row.folder)
-        jax.clear_caches()
+            if kind != "bundled" and row.narrow is not None:
+                row = replace(row, recipe=row.narrow)
+            _export(row, base, kept, work / "ours" / kind / row.folder)
 
 
-def _export(row: Row, base: Path, f: Any, params: Any, out: Path) -> None:
+def _quantized(
+    f: Any, params: Any, ids: np.ndarray, recipe: Any, coded_cache: bool
+) -> tuple[Any, np.ndarray]:
+    """The parameters of a recipe, and what `qjax.apply` makes of the tokens."""
+    draw = np.random.default_rng(4)
+    batches = [(jnp.asarray(draw.permutation(ids)),) for _ in range(2)]
+    if coded_cache:
+        f, params = qjax.quantize_cache(f, params, batches)
+    qparams = qjax.quantize(f, params, recipe, batches, progress=False)
+    return qparams, logits(f, qparams, ids)
+
+
+def _export(row: Row, base: Path, quantized: Any, out: Path) -> None:
+    """`quantized(recipe, coded_cache)`: several formats hold the same parameters."""
     if (out / "expected.npz").exists() or (out / "refused.json").exists():
         return
     shutil.rmtree(out, ignore_errors=True)
-    ids = tokens(base)
-    draw = np.random.default_rng(4)
-    batches = [(jnp.asarray(draw.permutation(ids)),) for _ in range(2)]
     try:
-        if row.coded_cache:
-            f, params = qjax.quantize_cache(f, params, batches)
-        qparams = qjax.quantize(f, params, row.recipe, batches, progress=False)
-        expected = logits(f, qparams, ids)
+        qparams, expected = quantized(row.recipe, row.coded_cache)
         qjax.export(out, qparams, model=base, format=row.format)
     except (TypeError, ValueError) as error:
         out.mkdir(parents=True)
         (out / "refused.json").write_text(json.dumps({"refused": str(error)}))
         print(out.parent.name, out.name, error, flush=True)
         return
-    np.savez(out / "expected.npz", tokens=ids, logits=expected)
-    print("wrote", out.parent.name, out.name, flush=True)
+    np.savez(out / "expected.npz", tokens=tokens(base), logits=expected)
+    print("wrote", out.parent.name, out.name, f"{process_time():.1f} s", flush=True)
 
 
 def differences(out: Path) -> dict[str, Any]:
@@ -231,7 +131,11 @@ def _loaded(folder: Path) -> dict[str, Any]:
 
 def record(label: str, reports: dict[str, Any]) -> Record:
     """One line: medians as metrics; worst tokens, refusals and versions as context."""
-    metrics = {k: v["difference"] for k, v in reports.items() if "difference" in v}
+    metrics = {
+        k: v.get("difference", v.get("word"))
+        for k, v in reports.items()
+        if "difference" in v or "word" in v
+    }
     refused = {k: v["refused"][:200] for k, v in reports.items() if "refused" in v}
     # Some name files: where they were is of no interest.
     refused = {k: re.sub(r"\S*/(?=\S)", "", v) for k, v in refused.items()}
@@ -259,22 +163,66 @@ def summary(format: str, found: list[dict[str, Any]]) -> Record:
 def opened(work: Path, row: Row) -> dict[str, Any]:
     """By architecture, the largest difference among its readers, or why there is none.
 
-    A reader that refuses counts only where no other reads it.
+    A reader that refuses counts only where no other reads it; one that fuses experts,
+    where no other keeps them apart.
     """
     found = {}
     for kind in ARCHITECTURES:
-        reports = differences(work / "ours" / kind / row.folder).values()
-        read = [each for each in reports if "difference" in each]
+        reports = differences(work / "ours" / kind / row.folder)
+        if kind in EXPERTS and len(reports) > 1:
+            reports.pop("transformers", None)
+        read = [each for each in reports.values() if "difference" in each]
         if read:
             found[kind] = max(read, key=lambda each: each["difference"])
         elif reports:
-            found[kind] = next(iter(reports))
+            word = "not held" if "export" in reports else "not read"
+            found[kind] = next(iter(reports.values())) | {"word": word}
     return found
+
+
+def fused(work: Path, row: Row) -> dict[str, Any]:
+    """What transformers makes of experts that it fuses."""
+    found = {}
+    for kind in EXPERTS:
+        reports = differences(work / "ours" / kind / row.folder)
+        if "transformers" in reports:
+            found[kind] = {"word": "not read"} | reports["transformers"]
+    return found
+
+
+def linears(work: Path, row: Row) -> dict[str, Any]:
+    """By model, the largest difference of a linear's output for the peer's input."""
+    found = {}
+    for kind in ("bundled", *ARCHITECTURES):
+        folder = work / "ours" / kind / row.folder
+        for file in sorted(folder.glob("linears-*.npz")):
+            kept = file.with_suffix(".json")
+            if not kept.exists():
+                with np.load(file) as held:
+                    kept.write_text(json.dumps(_linears(folder, dict(held))))
+            found[kind] = json.loads(kept.read_text())
+    return found
+
+
+def _linears(folder: Path, held: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The largest over all linears, each over its largest output; how many they are."""
+    _, params, _, config = qjax.load_model(folder, dtype=jnp.float32)
+    module, run, each = read_config(folder)[0], jax.jit(matmul), []
+    for named in named_leaves(module, config, params):
+        if f"{named.module}.x" not in held:
+            continue
+        x, y = held[f"{named.module}.x"], held[f"{named.module}.y"]
+        rows = np.zeros((COMPARED * SEEN, x.shape[1]), np.float32)
+        rows[: len(x)] = x  # experts see fewer tokens
+        weight = replace(named.leaf, dtype=jnp.dtype(jnp.float32))
+        ours = np.asarray(run(jnp.asarray(rows), weight))[: len(x)]
+        each.append(float(np.abs(ours - y).max() / np.abs(y).max()))
+    return {"difference": max(each), "linears": len(each)}
 
 
 def collect(work: Path) -> None:
     """Load theirs and write the tables' lines."""
-    for name in ("matrix", "architectures", "formats"):
+    for name in ("matrix", "architectures", "formats", "fused", "linears"):
         (RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
     formats: dict[str, list[dict[str, Any]]] = {}
     for row in ROWS:
@@ -291,6 +239,12 @@ def collect(work: Path) -> None:
         print(row.label, reports, flush=True)
     for row in ROWS:
         append(RESULTS / "architectures.jsonl", record(row.label, opened(work, row)))
+        for name, reports in (
+            ("fused", fused(work, row)),
+            ("linears", linears(work, row)),
+        ):
+            if reports:
+                append(RESULTS / f"{name}.jsonl", record(row.label, reports))
     for format, found in formats.items():
         append(RESULTS / "formats.jsonl", summary(format, found))
 

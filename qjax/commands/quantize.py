@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -14,10 +14,11 @@ from qjax.commands.compare import quantized_bits
 from qjax.commands.inputs import open_model
 from qjax.commands.output import wide_console
 from qjax.io.checkpoint import check_target, save
+from qjax.models.coded_cache import KVCache, quantize_cache
 from qjax.plots import error_plot
 from qjax.quantize import quantize_with_report
 from qjax.recipe_files import read_recipe
-from qjax.recipes import is_quantizer, needs_data, steps_of
+from qjax.recipes import cache_apart, is_quantizer, needs_data, steps_of
 
 METHODS = {method.__name__.lower(): method for method in methods.METHODS}
 # What a Hugging Face folder holds beside its weights: configuration and tokenizer.
@@ -53,6 +54,10 @@ class Quantize:
     """Patterns: globs on paths, re:..., Linear, Conv, Embedding (all but the head)."""
     ignore: tuple[str, ...] = ()
     """Patterns of the weights to leave in float."""
+    kv_cache: Literal["fp8"] | None = None
+    """Keys and values in float8, on one scale each for every layer, from calibration
+    before the weights are quantized. In a YAML file: the step KVCache, or
+    llm-compressor's kv_cache_scheme."""
     scan_layers: bool = True
     """Keep the layers stacked; patterns that take single layers need them apart."""
     overwrite: bool = False
@@ -62,19 +67,26 @@ class Quantize:
     def run(self) -> None:
         """Quantize, save, and print what became of each weight."""
         recipe = self.make_recipe()
+        weights, coded_cache = cache_apart(recipe)
         options, mesh = self.calibration, self.calibration.mesh
         devices = mesh.start()
         if mesh.writes:
             check_target(self.out, self.overwrite, "--overwrite")
+        # What finds the ranges of keys and values reads all weights at once.
+        lazy, scan_layers = not coded_cache, self.scan_layers
         model = open_model(
-            self.model, scan_layers=self.scan_layers, lazy=True, in_float=True
+            self.model, scan_layers=scan_layers, lazy=lazy, in_float=True
         )
-        data = any(needs_data(step) for step in steps_of(recipe))
+        data = any(needs_data(step) for step in steps_of(weights))
+        batches = options.batches(model) if data or coded_cache else None
+        f, params = model.f, model.params
+        if coded_cache:
+            f, params = quantize_cache(f, params, batches or ())
         params, report = quantize_with_report(
-            model.f,
-            model.params,
-            recipe,
-            options.batches(model) if data else None,
+            f,
+            params,
+            weights,
+            batches if data else None,
             example=None if data else model.example,
             resume=options.resume if data else None,
             offload=options.offload,
@@ -104,7 +116,14 @@ class Quantize:
         )
 
     def make_recipe(self) -> Any:
-        """The method that the options describe."""
+        """The steps that the options describe."""
+        steps = self._weights()
+        if self.kv_cache is None:
+            return steps
+        return KVCache(), *cache_apart(steps)[0]
+
+    def _weights(self) -> Any:
+        """The recipe, or the method that the options describe."""
         patterns = {"targets": self.targets or None, "ignore": self.ignore}
         options = {
             "scheme": self.scheme,

@@ -56,7 +56,8 @@ class Config:
         """
         checked(OWNER, raw, KNOWN)
         _check_rest(raw)
-        found, cache = raw.get("config_groups"), _cache(raw.get("kv_cache_scheme"))
+        found = raw.get("config_groups")
+        cache = codes_cache(f"{OWNER}.kv_cache_scheme", raw.get("kv_cache_scheme"))
         if not isinstance(found, Mapping) or not (found or cache):
             raise ValueError(f"{OWNER}.config_groups is {found!r}, expected groups")
         groups = tuple(_group(name, group, raw) for name, group in found.items())
@@ -93,11 +94,14 @@ def _check_rest(raw: Mapping[str, Any]) -> None:
             )
 
 
-def _cache(scheme: Any) -> bool:
-    """Whether keys and values are coded, as float8 on one static scale for each."""
+def codes_cache(owner: str, scheme: Any) -> bool:
+    """Whether keys and values are coded, as float8 on one static scale for each.
+
+    Raises:
+      ValueError: they are coded otherwise; `owner` names where that is said.
+    """
     if not scheme:
         return False
-    owner = f"{OWNER}.kv_cache_scheme"
     found = activation_of(owner, scheme)
     if found != Activation(Float("e4m3", tensor()), dynamic=False):
         assert found is not None

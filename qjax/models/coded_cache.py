@@ -6,7 +6,8 @@ likewise.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,17 @@ from qjax.trace.apply import apply
 from qjax.trace.paths import flatten_with_paths
 
 SCALES = {"k_scale": "k", "v_scale": "v"}
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The step of a recipe that has keys and values in float8: `quantize_cache`.
+
+    It changes the function as well as the parameters, so that `qjax quantize` runs it,
+    before the other steps, and `qjax.quantize` refuses it.
+    """
+
+    codes_cache: ClassVar[bool] = True
 
 
 def quantize_cache(

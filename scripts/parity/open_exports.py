@@ -1,13 +1,15 @@
 """Open what qjax exported with the libraries of this environment, and compare logits.
 
-    python scripts/parity/open_exports.py READER OUT [CASE ...]
+    python scripts/parity/open_exports.py READER[,READER...] OUT [CASE ...]
 
 READER is `transformers` (with compressed-tensors, bitsandbytes, or optimum and
-gptqmodel behind it), `gptqmodel` (its own loader), `hqq`, or `ordered`
+gptqmodel behind it), `unfused` (the same for models with experts, which become linears
+of their own, see unfused.py), `gptqmodel` (its own loader), `hqq`, or `ordered`
 (compressed-tensors 0.12.2 for `g_idx`, which newer ones refuse). Every folder in OUT
 that `experiments/formats/run.py export` wrote gets an `opened-READER.json`: how far
-logits are from those of `qjax.apply`, or why it was refused, and versions. CASE is one
-of those folders, or one that holds several.
+logits are from those of `qjax.apply`, or why it was refused, and versions. Where they
+are further than rounding, inputs and outputs of all linears that code their inputs go
+into `linears-READER.npz`. CASE is one of those folders, or one that holds several.
 
 Readers compute in float32 here. Where a library fixes 16 bits, that line alone is
 replaced: the dtype to which compressed-tensors unpacks 4-bit floats, the product (not
@@ -17,8 +19,11 @@ Of GPTQModel's kernels the one in plain torch is chosen.
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -32,6 +37,7 @@ import torch
 import transformers
 from checkpoints import distances, exact_int8, in_float32, logits, widen
 from safetensors.torch import load_file
+from unfused import experts_as_linears, has_experts, with_module_names
 
 REPORTED = {
     *("torch", "transformers", "compressed-tensors", "bitsandbytes", "hqq"),
@@ -49,9 +55,12 @@ READS: dict[str, dict[str, str]] = {
     "hqq": {"hqq": "hqq"},
     "ordered": {"compressed-tensors": "compressed_tensors"},
 }
+READS["unfused"] = READS["transformers"]
+UNFUSED = ("unfused", "hqq", "ordered")  # have no place for fused experts
+ROUNDING = 1e-5  # a difference of logits above it is none of float32's rounding
 
 
-def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
+def by_transformers(folder: Path, tokens: np.ndarray) -> Any:
     """Whatever reader transformers has for the format."""
     _compute_in_float32()
     config = json.loads((folder / "config.json").read_text())
@@ -82,7 +91,7 @@ def by_transformers(folder: Path, tokens: np.ndarray) -> np.ndarray:
     if half:
         logits(model, tokens)  # decodes
         in_float32(model)
-    return logits(widen(model, folder) if sixteen else model, tokens)
+    return widen(model, folder) if sixteen else model
 
 
 def _compute_in_float32() -> None:
@@ -127,7 +136,7 @@ def _awq_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
-def by_gptqmodel(folder: Path, tokens: np.ndarray) -> np.ndarray:
+def by_gptqmodel(folder: Path, _: np.ndarray) -> Any:
     """The loader of GPTQModel, with its kernel in plain torch."""
     from gptqmodel import BACKEND, GPTQModel  # noqa: PLC0415
 
@@ -138,19 +147,15 @@ def by_gptqmodel(folder: Path, tokens: np.ndarray) -> np.ndarray:
     loaded = GPTQModel.load(
         str(folder), device="cpu", backend=backend, dtype=torch.float16
     )
-    return logits(widen(loaded.model, folder), tokens)
+    return widen(loaded.model, folder)
 
 
-def by_hqq(folder: Path, tokens: np.ndarray) -> np.ndarray:
+def by_hqq(folder: Path, _: np.ndarray) -> Any:
     """A float model whose linears take the states of `HQQLinear` in the folder."""
     from hqq.core.quantize import HQQLinear  # noqa: PLC0415
 
     config = transformers.AutoConfig.from_pretrained(folder)
-    del config.quantization_config  # transformers 5.23 refuses it
-    automatic = transformers.AutoModelForCausalLM
-    if config.model_type == "bert":
-        automatic = transformers.AutoModelForMaskedLM
-    model = automatic.from_config(config).float().eval()
+    model = _float_model(config)  # transformers 5.23 refuses the quantized one
     found = load_file(folder / "model.safetensors")
     for name in [key.removesuffix(".W_q") for key in found if key.endswith(".W_q")]:
         keys = [key for key in found if key.startswith(f"{name}.")]
@@ -160,10 +165,19 @@ def by_hqq(folder: Path, tokens: np.ndarray) -> np.ndarray:
         model.set_submodule(name, layer)
     left = model.load_state_dict(found, strict=False)
     assert not left.unexpected_keys, left
-    return logits(model, tokens)
+    return model
 
 
-def by_ordered(folder: Path, tokens: np.ndarray) -> np.ndarray:
+def _float_model(config: Any) -> Any:
+    """The model of a configuration without quantization, its parameters random."""
+    del config.quantization_config
+    automatic = transformers.AutoModelForCausalLM
+    if config.model_type == "bert":
+        automatic = transformers.AutoModelForMaskedLM
+    return automatic.from_config(config).float().eval()
+
+
+def by_ordered(folder: Path, _: np.ndarray) -> Any:
     """A float model of what compressed-tensors up to 0.18 makes of `weight_g_idx`.
 
     Release 0.12.2 comes first in `PYTHONPATH`, from `pip install --no-deps --target`.
@@ -179,8 +193,7 @@ def by_ordered(folder: Path, tokens: np.ndarray) -> np.ndarray:
     said = {k: v for k, v in scheme["weights"].items() if k not in newer}
     arguments = QuantizationArgs(**said)
     assert arguments.actorder == "group"
-    del config.quantization_config
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    model = _float_model(config)
     found = load_file(folder / "model.safetensors")
     last = ".weight_packed"
     for name in [key.removesuffix(last) for key in found if key.endswith(last)]:
@@ -191,14 +204,15 @@ def by_ordered(folder: Path, tokens: np.ndarray) -> np.ndarray:
         )
     left = model.load_state_dict(found, strict=False)
     assert not left.unexpected_keys, left
-    return logits(model, tokens)
+    return model
 
 
-READERS: dict[str, Callable[[Path, np.ndarray], np.ndarray]] = {
+READERS: dict[str, Callable[[Path, np.ndarray], Any]] = {
     "transformers": by_transformers,
     "gptqmodel": by_gptqmodel,
     "hqq": by_hqq,
     "ordered": by_ordered,
+    "unfused": by_transformers,
 }
 
 
@@ -206,16 +220,60 @@ def report(reader: str, folder: Path) -> dict[str, Any]:
     """What came of it; a refusal is a result."""
     with np.load(folder / "expected.npz") as held:
         tokens, expected = held["tokens"], held["logits"]
+    renamed = reader in UNFUSED and has_experts(folder)
+    copy = Path(tempfile.mkdtemp()) / "renamed"
+    source = with_module_names(folder, copy) if renamed else folder
     try:
-        found = READERS[reader](folder, tokens)
+        model = READERS[reader](source, tokens)
+        found, linears = observed(model, tokens)
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
-    return distances(found, expected)
+    finally:
+        shutil.rmtree(copy.parent)
+    report = distances(found, expected)
+    if report["difference"] > ROUNDING and linears:
+        np.savez(folder / f"linears-{reader}.npz", **linears)
+    return report
 
 
-def main(reader: str, out: str, *only: str) -> None:
-    """Open every folder whose format the reader knows in this environment."""
+def observed(
+    model: Any, tokens: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits; and `NAME.x[M, K]`, `NAME.y[M, N]` of linears that code their inputs.
+
+    `y` is without the bias.
+    """
+    held: dict[str, np.ndarray] = {}
+
+    def keep(name: str, layer: Any, inputs: Any, output: Any) -> None:
+        bias = 0 if layer.bias is None else layer.bias
+        x, y = inputs[0].float(), (output - bias).float()
+        if name.endswith((".w1", ".w2", ".w3")):  # Mixtral's, in its checkpoints
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        held[f"{name}.x"] = x.reshape(-1, x.shape[-1]).numpy()
+        held[f"{name}.y"] = y.reshape(-1, y.shape[-1]).numpy()
+
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        coded = scheme is not None and scheme.input_activations is not None
+        if isinstance(module, torch.nn.Linear) and (
+            coded or type(module).__name__ == "Linear8bitLt"
+        ):
+            module.register_forward_hook(partial(keep, name))
+    return logits(model, tokens), held
+
+
+def main(readers: str, out: str, *only: str) -> None:
+    """Open every folder whose format the readers know in this environment."""
     torch.set_num_threads(1)
+    for reader in readers.split(","):
+        apart = experts_as_linears() if reader in UNFUSED else nullcontext()
+        with apart:
+            read(reader, out, only)
+
+
+def read(reader: str, out: str, only: tuple[str, ...]) -> None:
+    """Those that this reader has not opened yet."""
     installed = {d.name.lower(): d.version for d in distributions()}
     versions = {name: installed[name] for name in sorted(REPORTED & installed.keys())}
     for folder in sorted(path.parent for path in Path(out).glob("*/*/expected.npz")):
@@ -224,6 +282,8 @@ def main(reader: str, out: str, *only: str) -> None:
         known = package is not None and find_spec(package) is not None
         chosen = not only or bool({folder.name, folder.parent.name} & set(only))
         if not known or not chosen or (folder / f"opened-{reader}.json").exists():
+            continue
+        if reader == "unfused" and not has_experts(folder):
             continue
         found = report(reader, folder)
         text = json.dumps(found | {"versions": versions}, indent=2, sort_keys=True)
