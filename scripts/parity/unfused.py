@@ -60,7 +60,8 @@ class Experts(nn.ModuleList):
         for index, expert in enumerate(self):
             token, place = torch.where(chosen == index)
             if token.numel():
-                y.index_add_(0, token, expert(x[token]) * weights[token, place, None])
+                part = expert(x[token]) * weights[token, place, None]
+                y.index_add_(0, token, part.to(y.dtype))
         return y
 
 
