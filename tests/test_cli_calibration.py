@@ -53,7 +53,7 @@ def test_compare_calibrates_with_tokens_that_it_does_not_evaluate(
 def test_quantize_calibrates_and_reports(folder, text, tmp_path, capfd):
     made, report = tmp_path / "made", tmp_path / "report.jsonl"
     code, out, err = run(
-        capfd, "quantize", folder, made, "--recipe", "gptq", "--scheme", "W4A16",
+        capfd, "quantize", folder, made, "--recipe", "gptq", "--scheme", "W8A8",
         "--calibration.text", text, "--calibration.length", "32", "--kv-cache", "fp8",
         "--calibration.samples", "8", "--calibration.report", report,
     )  # fmt: skip

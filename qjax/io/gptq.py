@@ -25,6 +25,8 @@ from qjax.io.modules import FLOATS, Linear, Take, checked, common_scheme, group_
 
 BITS = (2, 3, 4, 8)
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
+# Where optimum (2.3) looks for a model's blocks, of the models here.
+BLOCKS = ("model.layers", "model.decoder.layers", "transformer.h")
 OWNER = "config.json: quantization_config"
 # What says how the codes were found or run, and nothing of how they are stored.
 INFORMATIVE = {
@@ -105,7 +107,17 @@ class Writer:
             "meta": {"quantizer": [f"qjax:{version('qjax')}"]},
         }
         skipped = {f"-:^{re.escape(name)}$": {} for name in left}
-        return found | ({"dynamic": skipped} if skipped else {})
+        found |= {"dynamic": skipped} if skipped else {}
+        return found | _blocks(modules)
+
+
+def _blocks(modules: Sequence[Linear]) -> dict[str, str]:
+    """Where the blocks are, if optimum does not look there by itself."""
+    names = (m.name for m in modules if m.scheme is not None)
+    blocks = [re.split(r"\.\d+\.", name)[0] for name in names if name != "lm_head"]
+    if not blocks or blocks[0] in BLOCKS:
+        return {}
+    return {"block_name_to_quantize": blocks[0]}
 
 
 def _check(matrix: Matrix) -> None:

@@ -41,11 +41,11 @@ SIZES = {
     "num_experts": 3,
     "num_experts_per_tok": 2,
 }
-# A second scale, coded inputs, and a zero point: what fused experts have no place for.
+# A second scale and coded inputs are what fused experts have no place for.
 RECIPE = (
     qjax.RTN("NVFP4A16", targets="*gate_proj*"),
     qjax.RTN("FP8_DYNAMIC", targets="*down_proj*"),
-    qjax.RTN(weights=Int(4, group(32), symmetric=False)),
+    qjax.RTN(weights=Int(4, group(32))),
 )
 
 
