@@ -10,8 +10,7 @@ commands). `collect` loads theirs, and writes `results/matrix.jsonl`,
 `results/architectures.jsonl` and the summary `results/formats.jsonl`: for each scheme
 and peer the largest difference of a token's logits over the largest logit, the median
 of the tokens. Two more say why some are large: `results/linears.jsonl`, every linear on
-the peer's own inputs, and `results/fused.jsonl`, experts that transformers fuses;
-`results/experts.jsonl` has llm-compressor's checkpoints of the same models.
+the peer's own inputs, and `results/fused.jsonl`, experts that transformers fuses.
 
 Cost, on one core: 10 minutes for the random models, 20 for the bundled one; as much
 again for the peers.
@@ -34,9 +33,9 @@ from rows import ARCHITECTURES, EXPERTS, ROWS, Row
 
 import qjax
 from qjax.commands.inputs import BUNDLED
+from qjax.core.qtensor import is_quantized
 from qjax.io.huggingface import read_config
 from qjax.io.named import named_leaves
-from qjax.io.shards import open_shards
 from qjax.ops import matmul
 from qjax.results import Record, append, environment
 
@@ -193,32 +192,6 @@ def fused(work: Path, row: Row) -> dict[str, Any]:
     return found
 
 
-def experts(work: Path, row: Row) -> dict[str, Any]:
-    """What llm-compressor made of the models with experts: in qjax, and beside ours."""
-    found: dict[str, Any] = {}
-    for kind in EXPERTS:
-        for case in row.theirs:
-            theirs, ours = work / f"theirs-{kind}" / case, work / "ours" / kind
-            if (theirs / "logits.npz").exists():
-                count, equal = _equal_tensors(theirs, ours / row.folder)
-                found[kind] = loaded(theirs)
-                found[f"{kind}_tensors"] = {"word": count}
-                found[f"{kind}_equal"] = {"word": equal}
-    return found
-
-
-def _equal_tensors(theirs: Path, ours: Path) -> tuple[int, int]:
-    """How many tensors their quantized linears have, and how many are bits of ours."""
-    a, b = open_shards(theirs), open_shards(ours)
-    names = [name for name in a if f"{name.rpartition('.')[0]}.weight_scale" in a]
-    return len(names), sum(name in b and _equal(a[name], b[name]) for name in names)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    same = (a.dtype, a.shape) == (b.dtype, b.shape)
-    return same and a.view().tobytes() == b.view().tobytes()
-
-
 def linears(work: Path, row: Row) -> dict[str, Any]:
     """By model, the largest difference of a linear's output for the peer's input."""
     found = {}
@@ -239,8 +212,8 @@ def _linears(folder: Path, held: dict[str, np.ndarray]) -> dict[str, Any]:
     _, params, _, config = qjax.load_model(folder, dtype=jnp.float32)
     module, run, each = read_config(folder)[0], jax.jit(matmul), []
     for named in named_leaves(module, config, params):
-        if f"{named.module}.x" not in held:
-            continue
+        if f"{named.module}.x" not in held or not is_quantized(named.leaf):
+            continue  # a bias has its module's name
         x, y = held[f"{named.module}.x"], held[f"{named.module}.y"]
         rows = np.zeros((COMPARED * SEEN, x.shape[1]), np.float32)
         rows[: len(x)] = x  # experts see fewer tokens
@@ -272,7 +245,6 @@ def collect(work: Path) -> None:
         for name, reports in (
             ("fused", fused(work, row)),
             ("linears", linears(work, row)),
-            ("experts", experts(work, row)),
         ):
             if reports:
                 append(RESULTS / f"{name}.jsonl", record(row.label, reports))

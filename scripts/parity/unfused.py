@@ -60,7 +60,8 @@ class Experts(nn.ModuleList):
         for index, expert in enumerate(self):
             token, place = torch.where(chosen == index)
             if token.numel():
-                part = expert(x[token]) * weights[token, place, None]
+                # compressed-tensors gives tokens without a batch one scale for all.
+                part = expert(x[token][None])[0] * weights[token, place, None]
                 y.index_add_(0, token, part.to(y.dtype))
         return y
 
