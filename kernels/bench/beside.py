@@ -9,7 +9,6 @@ larger of its bundles and the cycles of the memory that a step reads. The limit 
 larger of what HBM and the matrix unit need at least for the call.
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from programs import context
 from qjax.results import Record, append, read
 
 OUT = Path(__file__).parent / "beside.jsonl"
-MOST = 2**50  # cycles: beyond it lies what XLA writes where its estimate overflows
-ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 def measure(form: Form) -> dict[str, Any]:
@@ -32,9 +29,6 @@ def measure(form: Form) -> dict[str, Any]:
     program = compiled(form.generation, form.function, *form.arguments)
     temporaries = program.memory_analysis().temp_size_in_bytes
     text = program.as_text()
-    estimates = [int(n) for n in ESTIMATE.findall(text)]
-    if max(estimates, default=0) > MOST:
-        raise RuntimeError(f"{form.label}: XLA's estimate overflows")
     counts = schedule.bundle_counts()
     schedule.clear()
     own = [n for name, n in counts.items() if form.kernel and form.kernel in name]
@@ -42,10 +36,10 @@ def measure(form: Form) -> dict[str, Any]:
         raise RuntimeError(f"libtpu wrote no schedule of {form.kernel!r}")
     steps, step_bytes = form.steps(text) if callable(form.steps) else form.steps
     step = schedule.memory_cycles(form.generation, step_bytes)
-    cycles = sum(estimates) + steps * max(sum(own), step)
+    cycles = schedule.estimated(text) + steps * max(sum(own), step)
     limit = max(
         schedule.memory_cycles(form.generation, form.least),
-        schedule.product_cycles(form.generation, form.products, "bfloat16"),
+        schedule.product_cycles(form.generation, form.products, form.contract),
     )
     return {
         "thousand_cycles": cycles / 1e3,

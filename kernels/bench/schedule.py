@@ -8,6 +8,7 @@ It must be set before libtpu is loaded: import this module first.
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from qjax_kernels.compat import chip  # noqa: E402
 # Products per bundle in squares of the matrix unit's width. Pallas says 2 for v6e and
 # v7x; but bfloat16 schedules there hold more products than 2 could do in their bundles.
 SQUARES = 4
+MOST = 2**50  # cycles: beyond it lies what XLA writes where its estimate overflows
+ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 FLOAT8 = (("float8_e5m2", "float8_e4m3b11fnuz"), ("float8_e5m2", "float8_e4m3fn"))
 
 
@@ -68,6 +71,18 @@ def bundle_counts() -> dict[str, int]:
         path.name: sum(1 for line in path.read_text().splitlines()[4:] if line.strip())
         for path in DUMP.glob("*final_hlo-static-per-bundle-utilization.txt")
     }
+
+
+def estimated(text: str) -> int:
+    """Cycles that XLA estimates for its own operations of a compiled program.
+
+    Raises:
+      RuntimeError: an estimate overflowed.
+    """
+    estimates = [int(n) for n in ESTIMATE.findall(text)]
+    if max(estimates, default=0) > MOST:
+        raise RuntimeError(f"XLA's estimate overflows: {max(estimates)}")
+    return sum(estimates)
 
 
 def clear() -> None:

@@ -14,10 +14,11 @@ class Form:
       function: of `arguments`.
       arguments: shapes.
       least: bytes that the call reads and writes at least.
-      products: multiplications on the matrix unit, in bfloat16.
+      products: multiplications on the matrix unit.
       kernel: the name of its kernel; None where XLA does everything.
       steps: grid steps of the kernel, or turns of its loop, and the bytes that one
         reads from HBM; or what says so of the compiled program's text.
+      contract: the type that decides the limit of the matrix unit.
       compilers: packages whose versions decide.
     """
 
@@ -28,6 +29,7 @@ class Form:
     products: float = 0
     kernel: str | None = None
     steps: tuple[int, float] | Callable[[str], tuple[int, float]] = (0, 0)
+    contract: str = "bfloat16"
     compilers: tuple[str, ...] = ("libtpu",)
 
     @property
