@@ -14,6 +14,7 @@ from qjax.allocate import MixedPrecision
 from qjax.core.formats import (
     MX,
     NVFP4,
+    Additive,
     Binary,
     Codebook,
     Float,
@@ -142,6 +143,7 @@ __all__ = [
     "XNOR",
     "AbsMaximum",
     "Activation",
+    "Additive",
     "AutoRound",
     "BiasCorrection",
     "Binary",

@@ -39,7 +39,13 @@ PARTS: dict[str, type] = {
     each.__name__: each
     for each in (
         *(formats.Int, formats.Float, formats.MX, formats.NVFP4),
-        *(formats.Codebook, formats.Binary, formats.Ternary, Activation),
+        *(
+            formats.Codebook,
+            formats.Additive,
+            formats.Binary,
+            formats.Ternary,
+            Activation,
+        ),
         *(MinMax, AbsMax, Percentile, MSE),
         *(ranges.MinMaxRange, ranges.MovingAverageRange, ranges.PercentileRange),
         *(ranges.MSERange, ranges.KLRange),

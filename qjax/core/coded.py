@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from qjax.core.double_quant import DoubleQuantized, double_quantize
-from qjax.core.formats import Codebook, Format, Int
+from qjax.core.formats import Additive, Codebook, Format, Int
 from qjax.core.packing import pack, unpack
 from qjax.core.pytrees import register
 from qjax.core.rounding import straight_through
@@ -26,11 +26,12 @@ class Coded:
     Attributes:
       codes: below 8 bits, `uint32` words `[..., ceil(K*bits/32), N]` as
         `core/packing.py` makes them; 8-bit integers as `int8` `q = u - 128`, 8-bit
-        floats as the float8 dtype, 8-bit indices as `uint8`, all `[..., K, N]`.
+        floats as the float8 dtype, 8-bit indices as `uint8`, all `[..., K, N]`; of
+        vectors of weights `uint8` or `uint16` `[..., K/length, N]`.
       scale: `[..., Gk, Gn]`, or `DoubleQuantized`.
       zero: float zeros `[..., Gk, Gn]`; integer zeros as `uint32` words packed along N,
         `[..., Gk, ceil(Gn*bits/32)]`, at 8 bits as `int8` `zero - 128`; else None.
-      codebook: learned levels `[..., 2^bits]`, else None.
+      codebook: learned levels `[..., 2^bits]`, or vectors, else None.
       global_scale: `[..., 1, 1]` of NVFP4, else None.
       format: what the codes mean.
       shape: `(K, N)`.
@@ -75,7 +76,7 @@ class Coded:
         return jax.tree.map(lambda child: child[index], self)
 
     def unpack(self) -> Shaped[Array, "... K N"]:
-        """One code for each weight: unsigned integers, or the float8 dtype."""
+        """A code for each weight or vector: unsigned integers, or the float8 dtype."""
         bits = self.format.bits or 8
         if bits < 8:
             return unpack(self.codes, bits, self.shape[0]).astype(jnp.uint8)
@@ -169,8 +170,10 @@ def fake_quantize(
 
 
 def _check_shapes(codes: Any, grid: Grid, format: Format, shape: tuple) -> None:
-    if tuple(codes.shape[-2:]) != shape:
-        raise ValueError(f"codes have shape {codes.shape}; they must end in {shape}")
+    length = format.length if isinstance(format, Additive) else 1
+    stored = (shape[0] // length, shape[1])
+    if tuple(codes.shape[-2:]) != stored:
+        raise ValueError(f"codes have shape {codes.shape}; they must end in {stored}")
     blocks = format.granularity.counts(*shape)
     if tuple(grid.scale.shape[-2:]) != blocks:
         raise ValueError(

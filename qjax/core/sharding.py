@@ -158,6 +158,12 @@ def _check_whole(part: Coded, ways_k: int, ways_n: int) -> None:
             f"{part.format.name} has groups of {rows}, but each of {ways_k} shards of "
             f"K = {K} holds {local_k} inputs; a shard must hold whole groups"
         )
+    length = getattr(part.format, "length", 1)
+    if ways_k > 1 and local_k % length:
+        raise ValueError(
+            f"a code stands for {length} inputs, but each of {ways_k} shards of "
+            f"K = {K} holds {local_k}; a shard must hold whole vectors"
+        )
     if ways_k > 1 and bits < 8 and local_k * bits % 32:
         raise ValueError(
             f"{bits}-bit codes fill 32-bit words, but each of {ways_k} shards of "

@@ -17,7 +17,16 @@ from jax.core import Tracer
 
 from qjax.core.coded import Coded
 from qjax.core.double_quant import DoubleQuantized
-from qjax.core.formats import MX, NVFP4, Binary, Codebook, Float, Int, Ternary
+from qjax.core.formats import (
+    MX,
+    NVFP4,
+    Additive,
+    Binary,
+    Codebook,
+    Float,
+    Int,
+    Ternary,
+)
 from qjax.core.granularity import Granularity
 from qjax.core.layout import Layout
 from qjax.core.qtensor import Activation, QTensor, SiteActs, Sparse, Stacked
@@ -32,7 +41,7 @@ RECORDS: dict[str, type] = {
     for record in (
         *(QTensor, Stacked, Coded, SiteActs, Sparse, DoubleQuantized),
         *(Layout, Activation, Granularity),
-        *(Int, Float, MX, NVFP4, Codebook, Binary, Ternary),
+        *(Int, Float, MX, NVFP4, Codebook, Additive, Binary, Ternary),
         *TRANSFORMS,
         *(Solution, Solved),
     )

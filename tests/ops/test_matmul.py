@@ -7,9 +7,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qjax.core.coded import encode
+from qjax.core.coded import encode, pack_codes
 from qjax.core.formats import (
     NVFP4,
+    Additive,
     Float,
     Int,
     block,
@@ -20,8 +21,10 @@ from qjax.core.formats import (
 )
 from qjax.core.layout import Layout
 from qjax.core.qtensor import Activation, QTensor, SiteActs
-from qjax.ops import conv, matmul
+from qjax.core.scales import Grid
+from qjax.ops import Target, conv, matmul
 from qjax.ops.activations import code_input
+from qjax.ops.kernels import choices
 
 K, N, M = 100, 24, 6
 
@@ -196,3 +199,52 @@ def test_result_dtype_follows_the_contraction():
     x = normal(1, M, K).astype(jnp.bfloat16)
     assert matmul(x, q).dtype == jnp.bfloat16
     assert matmul(x, q, dtype=jnp.float32).dtype == jnp.float32
+
+
+def additive(books, bits, K=64, N=40):
+    """AQLM's layouts with random codes: a leaf, and its weight in float64."""
+    draw, format = np.random.default_rng(0), Additive(bits)
+    scale = draw.uniform(0.5, 2, (1, N)).astype(np.float32)
+    parts, w = [], np.zeros((K, N))
+    for _ in range(books):
+        book = draw.normal(0, 1, (2**bits, 8)).astype(np.float32)
+        codes = draw.integers(0, 2**bits, (K // 8, N))
+        for j in range(K // 8):
+            w[8 * j : 8 * j + 8] += book[codes[j]].T.astype(np.float64)
+        grid = Grid(jnp.asarray(scale), codebook=jnp.asarray(book))
+        codes = jnp.asarray(codes.astype(np.uint8 if bits == 8 else np.uint16))
+        parts.append(pack_codes(codes, grid, format, (K, N)))
+    return QTensor.of(parts, Layout("kn", (K, N)), jnp.float32), w * scale
+
+
+@pytest.mark.parametrize(("books", "bits"), [(2, 8), (1, 16)], ids=["2x8", "1x16"])
+@pytest.mark.parametrize("M", [3, 20])
+def test_sums_of_code_vectors(books, bits, M):
+    q, w = additive(books, bits)
+    x = normal(1, M, 64)
+    (choice, *_) = choices(q, 0, x, "auto", Target("cpu"))
+    assert ("code vectors first" in choice.name) == (bits == 8 and M == 3)
+    assert q.parts[0].codes.nbytes == 64 * 40 // 8 * bits // 8
+    exact = np.asarray(x, np.float64) @ w
+    y, pull = jax.vjp(lambda x: matmul(x, q), x)
+    np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-4)
+    expected = np.ones((M, 40)) @ w.T
+    np.testing.assert_allclose(
+        pull(jnp.ones_like(y))[0], expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_second_codebook_codes_what_the_first_left():
+    w = normal(0, 2, 64, 48)
+    format = Additive(8, 4)
+    first = encode(w, format)
+    second = encode(w - first.decode(), format)
+    errors = [
+        jnp.linalg.norm(w - d)
+        for d in (0, first.decode(), first.decode() + second.decode())
+    ]
+    assert errors[2] < 0.75 * errors[1] < 0.75 * 0.75 * errors[0]
+    with pytest.raises(ValueError, match=r"length 5 must divide them"):
+        encode(w, Additive(8, 5))
+    with pytest.raises(ValueError, match=r"Additive\.bits is 4"):
+        Additive(4)
