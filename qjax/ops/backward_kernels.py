@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from qjax.core.coded import Coded
 from qjax.core.formats import Codebook, Int
+from qjax_kernels import crossing
 from qjax_kernels.codebook_matmul import backward_tpu as codebook_tpu
 from qjax_kernels.int_matmul import IntWeight
 from qjax_kernels.int_matmul import backward_tpu as int_tpu
 from qjax_kernels.scaled.operands import too_large
-from qjax_kernels.scaled.transposed import fitted
+from qjax_kernels.scaled.transposed import BLOCKS, fitted
 
 MOST_TOKENS = {"v6e": 1024, "v7x": 1024}
 """Beyond, decoding once for all tokens, as XLA does, costs less by the schedules."""
@@ -28,6 +29,8 @@ def unfit_backward(part: Coded, weight: Any, dy: Any, generation: str) -> str:
     """
     if not isinstance(part.format, Int | Codebook):
         return f"no backward kernel for {part.format.name}"
+    if part.format.bits == crossing.BITS:
+        return f"no backward kernel for {part.format.name}"
     if dy.dtype != jnp.bfloat16:
         return f"the backward kernel contracts bfloat16, not {dy.dtype.name}"
     most = MOST_TOKENS.get(generation, dy.shape[0])
@@ -36,7 +39,7 @@ def unfit_backward(part: Coded, weight: Any, dy: Any, generation: str) -> str:
     kernel = int_tpu if isinstance(weight, IntWeight) else codebook_tpu
     given = jax.eval_shape(kernel.operands, weight)
     decoder = kernel.decoder(weight.bits)
-    blocks = fitted(kernel.BLOCKS, dy.shape[0], given, decoder)
+    blocks = fitted(BLOCKS, dy.shape[0], given, decoder)
     return too_large(generation, blocks, given, decoder, 2)
 
 

@@ -23,6 +23,8 @@ from qjax.ops.packed import TILES, Packed, whole_zeros
 from qjax.ops.packed import unfit as unfit_packed
 from qjax.ops.sums import has_coded_sums, has_sums
 from qjax.ops.targets import Target
+from qjax.ops.vectors import has_products
+from qjax_kernels import crossing
 from qjax_kernels.int_matmul import IntWeight, blocks, pallas_gpu
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul
 from qjax_kernels.sparse_outlier import pallas_tpu as sparse_outlier
@@ -56,6 +58,7 @@ class Choice:
       refused: why the kernel does not run; empty if it does.
       sums: XLA's form with scales on sums, for TPUs.
       narrow: XLA's form with scales on an array of narrow weights, for GPUs.
+      vectors: products of code vectors first, for a few tokens.
       tokens: what XLA's form with int8 tokens fills their number up to a multiple of.
     """
 
@@ -64,15 +67,16 @@ class Choice:
     refused: str = ""
     sums: bool = False
     narrow: bool = False
+    vectors: bool = False
     tokens: int = 1
 
     @property
     def name(self) -> str:
-        """`xla`, `xla, scales on sums`, `xla, narrow weights` or `pallas v5e`."""
+        """`xla`, the same with the words of its form, or `pallas v5e`."""
         if self.generation is not None:
             return f"{self.implementation} {self.generation}"
         form = ", scales on sums" * self.sums + ", narrow weights" * self.narrow
-        return self.implementation + form
+        return self.implementation + form + ", code vectors first" * self.vectors
 
 
 def choices(
@@ -114,6 +118,7 @@ def _by_xla(
         narrow=(
             target.platform == "gpu" and x.ndim == 2 and has_narrow(part, activation)
         ),
+        vectors=activation is None and has_products(part, x),
         # A CPU's int8 products are fast for matrices only, not for a few vectors.
         tokens=8 if target.platform == "cpu" else 1,
     )
@@ -139,9 +144,10 @@ def unfit(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> str:
         return "the weight has leading axes"
     if has_levels(part):
         return unfit_levels(part, q.site(site), x, target.generation)
+    activation = q.site(site).activation
     return (
-        unfit_format(part)
-        or unfit_tokens(x, q.site(site).activation)
+        unfit_format(part, (2, 4, 8) if activation else (2, 3, 4, 8))
+        or unfit_tokens(x, activation)
         or _unfit_size(q, part, site, x, target.generation)
     )
 
@@ -173,10 +179,10 @@ def unfit_target(target: Target) -> str:
     return ""
 
 
-def unfit_format(part: Coded) -> str:
-    """Why no integer kernel takes the format; empty if one does."""
+def unfit_format(part: Coded, bits: tuple[int, ...] = (2, 4, 8)) -> str:
+    """Why no integer kernel takes the format; empty if one of those bits does."""
     format = part.format
-    if not isinstance(format, Int) or format.bits not in (2, 4, 8):
+    if not isinstance(format, Int) or format.bits not in bits:
         return f"no kernel for {format.name}"
     if format.granularity.cols != 1:
         return f"a kernel has scales for single outputs, not {format.granularity.label}"
@@ -216,9 +222,11 @@ def _unfit_size(q: QTensor, part: Coded, site: int, x: Any, generation: str) -> 
     coded = activation is not None
     if coded and activation.outliers is not None:
         return sparse_outlier.too_large(generation, x.shape[0], weight)
-    best = blocks.left_to_xla(weight, coded)
-    if best:
-        return best
+    why = crossing.unfit(weight) or blocks.left_to_xla(
+        generation, x.shape[0], weight, coded
+    )
+    if why:
+        return why
     chosen = blocks.choose(generation, x.shape[0], weight, coded)
     return blocks.too_large(generation, chosen, weight, coded)
 

@@ -10,6 +10,7 @@ from qjax.core.coded import Coded
 from qjax.core.formats import MX, NVFP4, Codebook, Float
 from qjax.core.qtensor import SiteActs
 from qjax.ops.activations import code_input, coded_values, contraction
+from qjax_kernels import crossing
 from qjax_kernels.codebook_matmul import CodebookWeight
 from qjax_kernels.codebook_matmul import blocks as codebook_blocks
 from qjax_kernels.codebook_matmul import pallas_tpu as codebook_tpu
@@ -39,7 +40,7 @@ def unfit_levels(part: Coded, acts: SiteActs, x: Any, generation: str) -> str:
 def _unfit_format(part: Coded, generation: str) -> str:
     format, K = part.format, part.shape[0]
     group = format.granularity.rows
-    if isinstance(format, Codebook) and format.bits not in (2, 4):
+    if isinstance(format, Codebook) and format.bits not in (2, 3, 4):
         return f"no kernel for {format.name}"
     if isinstance(format, MX) and format.element not in MX_ELEMENTS:
         return f"no kernel for {format.name}"
@@ -70,7 +71,9 @@ def _unfit_size(part: Coded, acts: SiteActs, x: Any, generation: str) -> str:
     M = x.shape[0]
     if isinstance(part.format, Codebook):
         weight = jax.eval_shape(codebook_weight, part)
-        why = codebook_blocks.left_to_xla(generation, M, weight)
+        why = crossing.unfit(weight) or codebook_blocks.left_to_xla(
+            generation, M, weight
+        )
         blocks = codebook_blocks.choose(generation, M, weight)
         decoder = codebook_tpu.decoder(weight.bits)
         given = jax.eval_shape(codebook_tpu.operands, weight)

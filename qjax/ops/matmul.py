@@ -26,6 +26,7 @@ from qjax.ops.packed import ROWS, Packed
 from qjax.ops.rotations import rotation_choice, turned
 from qjax.ops.sums import coded_sums_product, sums_product
 from qjax.ops.targets import Target, here
+from qjax.ops.vectors import vectors_product
 
 
 def matmul(
@@ -149,7 +150,9 @@ def _matmul(
     else:
         for way, parts in (("sums", by_sums), ("narrow", narrow)):
             terms += [_coded_product(x, acts, p, dtype, dot, 1, way) for p in parts]
-    own = [bool(c.generation) or c.sums or c.narrow for c in chosen]
+    first = [part for part, choice in zip(q.parts, chosen) if choice.vectors]
+    terms += [vectors_product(x, part, dtype) for part in first]
+    own = [bool(c.generation) or c.sums or c.narrow or c.vectors for c in chosen]
     values = [part for part, taken in zip(q.parts, own) if not taken]
     if acts.activation is not None:
         ways = [contraction(p.format, acts.activation.format) for p in values]
@@ -292,10 +295,12 @@ def _int_dot(coded: CodedInput, part: Coded, tokens: int) -> Any:
     assert isinstance(part.format, Int) and isinstance(coded.format, Int)
     x, x_zero = integers(coded.codes, coded.grid, coded.format)
     grid = part.grid()
-    w, w_zero = _stored(part, grid) or integers(part.unpack(), grid, part.format)
-    group = _groups(coded, part)
-    K, (M, N) = part.shape[0], (x.shape[-1], w.shape[-1])
-    xs, ws = (jnp.moveaxis(_cut(c, group), -3, 0) for c in (x, w))
+    group, (K, N), M = _groups(coded, part), part.shape, x.shape[-1]
+    # Rows of outputs are contracted as they lie: a CPU would have to turn them.
+    rows = isinstance(part, Packed) and part.order == ROWS and group == K
+    w, w_zero = _stored(part, grid, rows) or integers(part.unpack(), grid, part.format)
+    xs = jnp.moveaxis(_cut(x, group), -3, 0)
+    ws = w[None] if rows else jnp.moveaxis(_cut(w, group), -3, 0)
     count = xs.shape[0]
     lengths = jnp.minimum(group, K - group * jnp.arange(count)).astype(jnp.int32)
 
@@ -315,7 +320,7 @@ def _int_dot(coded: CodedInput, part: Coded, tokens: int) -> Any:
 
     def one(x: Any, w: Any, *rest: Any) -> Any:
         given = dict(zip(names, rest))
-        total = _int8_product(x, w, tokens)
+        total = _int8_product(x, w, tokens, rows)
         zx, zw = given.get("zx"), given.get("zw")
         if zw is not None and zw.dtype == jnp.float32:
             total = total.astype(jnp.float32)
@@ -325,7 +330,7 @@ def _int_dot(coded: CodedInput, part: Coded, tokens: int) -> Any:
             sums = jnp.sum(x, axis=-2, dtype=jnp.int32).astype(kind)
             total = total - sums[..., :, None] * zw[..., None, :]
         if zx is not None:
-            sums = jnp.sum(w, axis=-2, dtype=jnp.int32).astype(kind)
+            sums = jnp.sum(w, axis=-1 if rows else -2, dtype=jnp.int32).astype(kind)
             total = total - zx[..., :, None] * sums[..., None, :]
         if zx is not None and zw is not None:
             total = total + given["n"].astype(kind) * (
@@ -337,28 +342,26 @@ def _int_dot(coded: CodedInput, part: Coded, tokens: int) -> Any:
     return _accumulate((xs, ws, *extra.values()), one)
 
 
-def _stored(part: Coded, grid: Grid) -> tuple[Any, Any] | None:
+def _stored(part: Coded, grid: Grid, rows: bool) -> tuple[Any, Any] | None:
     """Codes and zeros of a weight that is stored as int8: nothing passes over it."""
     assert isinstance(part.format, Int)
-    rows = isinstance(part, Packed) and part.order == ROWS
     if not rows and (part.format.bits < 8 or isinstance(part, Packed)):
         return None
-    q = jnp.swapaxes(part.codes, -1, -2) if rows else part.codes
     if part.format.symmetric:
-        return q, None
+        return part.codes, None
     dtype = jnp.float32 if part.format.zero == "float" else jnp.int32
-    return q, grid.zero.astype(dtype) - dtype(part.format.half)
+    return part.codes, grid.zero.astype(dtype) - dtype(part.format.half)
 
 
-def _int8_product(x: Any, w: Any, tokens: int) -> Any:
-    """`x[..., K, M]`, `w[..., K, N]` in int8 to `[..., M, N]` in int32.
+def _int8_product(x: Any, w: Any, tokens: int, rows: bool) -> Any:
+    """`x[..., K, M]`, `w[..., K, N]` (of `rows`: `[..., N, K]`) in int8 to int32.
 
     The number of tokens is filled up to a multiple of `tokens`.
     """
     batch, M = tuple(range(x.ndim - 2)), x.shape[-1]
     short = [(0, 0)] * len(batch) + [(0, -M % tokens), (0, 0)]
     x = jnp.pad(jnp.swapaxes(x, -1, -2), short)
-    axes = (((x.ndim - 1,), (w.ndim - 2,)), (batch, batch))
+    axes = (((x.ndim - 1,), (w.ndim - 1 if rows else w.ndim - 2,)), (batch, batch))
     y = jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.int32)
     return y[..., :M, :]
 

@@ -43,6 +43,8 @@ CASES = [
     Case(4, None),
     Case(2, 128),
     Case(2, None, levels=3),
+    Case(3, None, levels=7),
+    Case(3, 128, N=130),
     Case(4, 64, M=5, K=320, N=130),
     Case(4, None, M=1, K=100, N=1),
 ]

@@ -45,6 +45,9 @@ CASES = [
     Case(4, 32, "int", WEIGHTS),
     Case(2, 128, "int", OFFSET),
     Case(2, 64, "int"),
+    Case(3, 128, "int", M=5),
+    Case(3, None, "float"),
+    Case(3, 64, None, N=130),
     Case(8, 128, "float"),
     Case(8, 64, "int", WEIGHTS),
     Case(4, 128, None, int8=True),
@@ -115,7 +118,7 @@ def test_equals_float64(case, backend):
     assert (np.abs(y - true) <= bound).all()
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[10], CASES[15]], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[18]], ids=lambda c: c.id)
 def test_the_reference_equals_float64(case):
     weight, q, scale, zero = drawn(case)
     x = jax.random.normal(jax.random.key(1), (case.M, case.K))
@@ -137,7 +140,7 @@ def test_tokens_are_coded_as_the_library_codes_them(dtype):
     np.testing.assert_array_equal(codes, expected)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[11]], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[14]], ids=lambda c: c.id)
 def test_extreme_scales_zeros_and_stale_memory(case, backend):
     """All-zero groups and tokens, scales at both ends of float32: all stays finite."""
     weight, q, scale, zero = drawn(case)
@@ -154,7 +157,7 @@ def test_extreme_scales_zeros_and_stale_memory(case, backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 3}, "IntWeight.bits is 3"),
+        ({"bits": 5}, "IntWeight.bits is 5"),
         ({"group": 64}, "IntWeight.scale is float32"),
         ({"K": 500}, "IntWeight.codes is uint32"),
     ],

@@ -13,7 +13,7 @@ from qjax_kernels.codebook_matmul import backward_tpu as codebook_tpu
 from qjax_kernels.codebook_matmul.pallas_tpu import name_of
 from qjax_kernels.int_matmul import backward_tpu as int_tpu
 from qjax_kernels.scaled import Blocks
-from qjax_kernels.scaled.transposed import fitted
+from qjax_kernels.scaled.transposed import BLOCKS, fitted
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Case:
         name = int_tpu.name_of(weight) if whole else f"{name_of(weight)}_backward"
         given = jax.eval_shape(kernel.operands, weight)
         decoder = kernel.decoder(weight.bits)
-        blocks = fitted(blocks or kernel.BLOCKS, case.M, given, decoder)
+        blocks = fitted(blocks or BLOCKS, case.M, given, decoder)
         return TpuProgram(
             generation=case.generation,
             kernel=name,

@@ -13,7 +13,8 @@ from qjax_kernels.codebook_matmul.blocks import choose
 from qjax_kernels.codebook_matmul.decode import decoder
 from qjax_kernels.codebook_matmul.pallas_tpu import codebook_matmul, name_of
 from qjax_kernels.codebook_matmul.specs import FORMATS
-from qjax_kernels.codebook_matmul.weight import WORD, CodebookWeight
+from qjax_kernels.codebook_matmul.weight import CodebookWeight
+from qjax_kernels.coded import WORD
 from qjax_kernels.scaled import Blocks, Operands
 
 

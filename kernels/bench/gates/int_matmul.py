@@ -10,9 +10,10 @@ from programs import TpuProgram
 
 from qjax.core.formats import Int, channel, group, token
 from qjax.core.qtensor import Activation
+from qjax_kernels.coded import WORD
 from qjax_kernels.int_matmul.blocks import Blocks, choose
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul, name_of
-from qjax_kernels.int_matmul.weight import WORD, IntWeight
+from qjax_kernels.int_matmul.weight import IntWeight
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,15 @@ GATE = tuple(
         Case("v6e", 4, M=256),
         Case("v7x", 4),
         Case("v7x", 4, zero=True, int8=True),
+        Case("v5e", 3),
     )
 )
 
 
-FORMATS = ((4, 128), (4, 128, True), (4, 32), (4, None), (8, None), (2, 64))
+FORMATS = (
+    *((4, 128), (4, 128, True), (4, 32), (4, None)),
+    *((8, None), (3, 128), (2, 64)),
+)
 
 
 def grid(generation: str, M: int, K: int, N: int) -> list[Case]:

@@ -8,9 +8,7 @@ from qjax_kernels.codebook_matmul.decode import decoder
 from qjax_kernels.codebook_matmul.pallas_tpu import name_of, operands
 from qjax_kernels.codebook_matmul.weight import CodebookWeight
 from qjax_kernels.scaled import Blocks
-from qjax_kernels.scaled.transposed import transposed_matmul
-
-BLOCKS = Blocks(1024, 512, 1024, chunk=256)
+from qjax_kernels.scaled.transposed import BLOCKS, transposed_matmul
 
 
 def codebook_matmul_backward(
@@ -19,7 +17,7 @@ def codebook_matmul_backward(
     *,
     generation: str,
     dtype: Any = None,
-    blocks: Blocks | None = None,
+    blocks: Blocks = BLOCKS,
     interpret: Any = False,
 ) -> jax.Array:
     """The gradient by `x` of `x[M, K] @ w[K, N]`: `dy[M, N] @ w^T`.
@@ -44,7 +42,7 @@ def codebook_matmul_backward(
         dy,
         operands(weight),
         decoder(weight.bits),
-        blocks or BLOCKS,
+        blocks,
         generation=generation,
         name=f"{name_of(weight)}_backward",
         dtype=dy.dtype if dtype is None else dtype,

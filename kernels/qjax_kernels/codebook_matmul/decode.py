@@ -5,6 +5,7 @@ indices differ in the fourth bit, which then chooses the half. Two indices 16 bi
 in a word make the two halves of one register of bfloat16.
 """
 
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from qjax_kernels.codebook_matmul.weight import WORD
+from qjax_kernels import crossing
+from qjax_kernels.coded import WORD
 from qjax_kernels.scaled import Decoder
 
 HALF, EIGHT = 16, 8
@@ -22,9 +24,9 @@ LOW, HIGH = 0xFFFF, 0xFFFF0000
 
 
 def decoder(bits: int) -> Decoder:
-    """How indices of 2 or 4 bits are looked up."""
+    """How indices of 2 to 4 bits are looked up."""
     return Decoder(
-        partial(looked_up, bits=bits), partial(order, bits=bits), WORD // bits
+        partial(looked_up, bits=bits), partial(order, bits=bits), Fraction(WORD, bits)
     )
 
 
@@ -45,7 +47,12 @@ def table(levels: Any, bits: int) -> jax.Array:
 
 
 def order(size: int, bits: int) -> np.ndarray:
-    """Row `2s + h` of part `p` is input `s * fields + p + h * fields/2`."""
+    """Row `2s + h` of part `p` is input `s * fields + p + h * fields/2`.
+
+    For 3 bits, see `crossing.order`.
+    """
+    if bits == crossing.BITS:
+        return crossing.order(size)
     fields = WORD // bits
     inputs = np.arange(size).reshape(size // fields, 2, fields // 2)
     return inputs.transpose(2, 0, 1).reshape(fields // 2, -1)
@@ -55,14 +62,22 @@ def looked_up(
     codes: Any, levels: Any, first: int, size: int, columns: Any, bits: int
 ) -> list[Any]:
     """The inputs `first` to `first + size` in the order of `order`."""
-    fields = WORD // bits
-    rows = range(first // fields, (first + size) // fields, EIGHT)
-    stop = (first + size) // fields
+    if bits == crossing.BITS:
+        words = crossing.joined(codes, first, size, columns)
+        shifts: Any = crossing.SHIFTS
+    else:
+        fields = WORD // bits
+        stored = codes[first // fields : (first + size) // fields, columns]
+        words, shifts = [stored] * (fields // 2), range(0, HALF, bits)
     low, high = levels[:EIGHT, columns], levels[EIGHT:, columns]
-    words = [codes[at : min(at + EIGHT, stop), columns] for at in rows]
     return [
-        jnp.concatenate([_pair(w, low, high, bits * p, bits) for w in words])
-        for p in range(fields // 2)
+        jnp.concatenate(
+            [
+                _pair(word[row : row + EIGHT], low, high, at, bits)
+                for row in range(0, len(word), EIGHT)
+            ]
+        )
+        for word, at in zip(words, shifts)
     ]
 
 

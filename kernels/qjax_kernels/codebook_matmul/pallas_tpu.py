@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax_kernels import crossing
 from qjax_kernels.codebook_matmul.blocks import choose
 from qjax_kernels.codebook_matmul.decode import decoder, table
 from qjax_kernels.codebook_matmul.weight import CodebookWeight
@@ -27,7 +28,7 @@ def codebook_matmul(
 
     Args:
       x: float.
-      weight: the coded weight, of 2 or 4 bits.
+      weight: the coded weight.
       generation: of the TPU: "v5e", "v5p", "v6e" or "v7x".
       dtype: of the result; default that of `x`.
       blocks: sizes of one grid step; default the table's.
@@ -37,12 +38,13 @@ def codebook_matmul(
       `[M, N]`.
 
     Raises:
-      ValueError: shapes or dtypes do not agree, the codes have 3 bits, or the blocks
-        need more VMEM than the generation has.
+      ValueError: shapes or dtypes do not agree, 3-bit codes do not come in whole
+        registers, or the blocks need more VMEM than the generation has.
     """
     weight.check(x)
-    if weight.bits == 3:
-        raise ValueError("CodebookWeight.bits is 3; the kernel for TPUs takes 2 or 4")
+    cannot = crossing.unfit(weight)
+    if cannot:
+        raise ValueError(f"CodebookWeight.bits is 3, but {cannot}")
     if blocks is None:
         blocks = choose(generation, x.shape[0], weight)
     return scaled_matmul(

@@ -5,18 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax_kernels.codebook_matmul.weight import WORD, CodebookWeight
+from qjax_kernels.codebook_matmul.weight import CodebookWeight
+from qjax_kernels.coded import unpacked
 
 
 def indices(weight: CodebookWeight) -> jax.Array:
     """The codes, int32 `[K, N]`; they may cross words."""
-    first = jnp.arange(weight.K) * weight.bits
-    word, shift = first // WORD, (first % WORD).astype(jnp.uint32)[:, None]
-    low = weight.codes[word] >> shift
-    following = weight.codes[jnp.minimum(word + 1, weight.codes.shape[0] - 1)]
-    # Shifted in two steps, because a shift by a whole word is not defined.
-    high = (following << (WORD - 1 - shift)) << jnp.uint32(1)
-    return ((low | high) & jnp.uint32(2**weight.bits - 1)).astype(jnp.int32)
+    return unpacked(weight.codes, weight.bits, weight.K).astype(jnp.int32)
 
 
 def dequantize(weight: CodebookWeight) -> jax.Array:

@@ -3,6 +3,7 @@
 FORMATS = {
     "nf4": (4, 64),
     "k-means 4": (4, None),
+    "k-means 3": (3, None),
     "k-means 2": (2, None),
 }
 """Bits and inputs that share a scale (None: all). Double-quantized scales are decoded

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax_kernels.float_matmul.weight import WORD, FloatWeight
+from qjax_kernels.coded import WORD
+from qjax_kernels.float_matmul.weight import FloatWeight
 
 E2M1 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 """OCP's 4-bit floats by their lower three bits; the fourth is the sign."""

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-WORD = 32
+from qjax_kernels.coded import WORD, CodedWeight
+
 FLOAT8 = {
     "e4m3": jnp.dtype("float8_e4m3fn"),
     "e5m2": jnp.dtype("float8_e5m2"),
@@ -17,7 +18,7 @@ SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
-class FloatWeight:
+class FloatWeight(CodedWeight):
     """`w[K, N] = element * scale / global_scale`. A pytree.
 
     FP8 has float scales; MXFP4 and MXFP8 have e8m0 ones for 32 inputs; NVFP4 has e4m3
@@ -40,16 +41,6 @@ class FloatWeight:
     group: int | None
     K: int
 
-    @property
-    def N(self) -> int:
-        """Number of outputs."""
-        return self.codes.shape[-1]
-
-    @property
-    def groups(self) -> int:
-        """Number of scales along K."""
-        return -(-self.K // (self.group or self.K))
-
     def check(self, x: Any) -> None:
         """That shapes and dtypes agree with each other and with `x[M, K]`.
 
@@ -63,20 +54,11 @@ class FloatWeight:
         packed = self.element == "e2m1"
         stored = -(-self.K * 4 // WORD) if packed else self.K
         dtype = "uint32" if packed else FLOAT8[self.element].name
-        _expect("codes", self.codes, (stored, self.N), (dtype,))
-        _expect("scale", self.scale, (self.groups, self.N), SCALES)
+        self.expect("codes", (stored, self.N), (dtype,))
+        self.expect("scale", (self.groups, self.N), SCALES)
         if self.global_scale is not None:
-            _expect("global_scale", self.global_scale, (1, 1), ("float32",))
-        if x.ndim != 2 or x.shape[1] != self.K:
-            raise ValueError(f"x has shape {x.shape}; it must be (M, {self.K})")
-
-
-def _expect(field: str, value: Any, shape: tuple, dtypes: tuple[str, ...]) -> None:
-    if tuple(value.shape) != shape or value.dtype.name not in dtypes:
-        raise ValueError(
-            f"FloatWeight.{field} is {value.dtype.name}{list(value.shape)}; "
-            f"it must be {' or '.join(dtypes)}{list(shape)}"
-        )
+            self.expect("global_scale", (1, 1), ("float32",))
+        self.expect_tokens(x)
 
 
 jax.tree_util.register_dataclass(

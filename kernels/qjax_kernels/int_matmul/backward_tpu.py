@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax_kernels.coded import WORD
 from qjax_kernels.int_matmul import decode
-from qjax_kernels.int_matmul.weight import WORD, IntWeight
+from qjax_kernels.int_matmul.weight import IntWeight
 from qjax_kernels.scaled import Blocks, Decoder, Operands
-from qjax_kernels.scaled.transposed import transposed_matmul
-
-BLOCKS = Blocks(1024, 512, 1024, chunk=256)
+from qjax_kernels.scaled.transposed import BLOCKS, transposed_matmul
 
 
 def int_matmul_backward(
@@ -21,7 +20,7 @@ def int_matmul_backward(
     *,
     generation: str,
     dtype: Any = None,
-    blocks: Blocks | None = None,
+    blocks: Blocks = BLOCKS,
     interpret: Any = False,
 ) -> jax.Array:
     """The gradient by `x` of `x[M, K] @ w[K, N]`: `dy[M, N] @ w^T`.
@@ -46,7 +45,7 @@ def int_matmul_backward(
         dy,
         operands(weight),
         decoder(weight.bits),
-        blocks or BLOCKS,
+        blocks,
         generation=generation,
         name=name_of(weight),
         dtype=dy.dtype if dtype is None else dtype,

@@ -12,10 +12,12 @@ from importlib.resources import files
 from math import lcm
 from typing import Any
 
+from qjax_kernels import crossing
+from qjax_kernels.coded import WORD
 from qjax_kernels.compat import chip
-from qjax_kernels.int_matmul.weight import WORD, IntWeight
+from qjax_kernels.int_matmul.weight import IntWeight
 
-LANES, SUBLANES, MIB = 128, 8, 2**20
+LANES, SUBLANES, TOKENS, MIB = 128, 8, 16, 2**20
 LEAST_LIMIT = 16 * MIB  # the compiler's own default on most generations
 ROOM = 4 * MIB  # what the compiler keeps beside the arrays that a kernel names
 
@@ -70,17 +72,24 @@ class Blocks:
         tile = min(self.tile or n, n)
         tile = tile if n % tile == 0 else n
         n, tile = (weight.N, weight.N) if n > weight.N else (n, tile)
-        decode = self.decode
-        unit = SUBLANES * WORD // weight.bits
+        unit = registers(weight.bits)
         whole = weight.rows % unit == 0 and (weight.group or unit) % unit == 0
-        if weight.bits == 8 or int8_tokens or not whole:
-            decode = "native"
-        return replace(self, m=min(self.m, M), n=n, k=k, tile=tile, decode=decode)
+        fits = whole and weight.bits < 8 and not int8_tokens
+        one = replace(self, n=n, k=k, tile=tile)
+        if weight.bits == crossing.BITS:  # tokens in whole registers, one way to decode
+            m = min(self.m, _up(M, TOKENS))
+            return replace(one, m=m, decode="offset", scale_on="sums")
+        return replace(one, m=min(self.m, M), decode=self.decode if fits else "native")
+
+
+def registers(bits: int) -> int:
+    """Inputs in whole registers of codes."""
+    return crossing.UNIT if bits == crossing.BITS else SUBLANES * WORD // bits
 
 
 def inputs(most: int, weight: IntWeight) -> int:
     """The largest divisor of the stored rows up to `most` that suits the hardware."""
-    unit = lcm(LANES, weight.group or 1, SUBLANES * WORD // weight.bits)
+    unit = lcm(LANES, weight.group or 1, registers(weight.bits))
     sizes = range(most // unit * unit, 0, -unit)
     return next((k for k in sizes if weight.rows % k == 0), weight.rows)
 
@@ -165,16 +174,22 @@ def too_large(
     )
 
 
-def left_to_xla(weight: IntWeight, int8_tokens: bool = False) -> str:
-    """Why XLA runs such a weight at least as well; empty if it does not."""
-    tokens = "int8" if int8_tokens else "bfloat16"
+def left_to_xla(
+    generation: str, M: int, weight: IntWeight, int8_tokens: bool = False
+) -> str:
+    """Why XLA runs such a product at least as well; empty if it does not."""
     kind = {
+        "generation": generation,
         "bits": weight.bits,
-        "tokens": tokens,
+        "tokens": "int8" if int8_tokens else "bfloat16",
         "channel": weight.groups == 1,
         "zero": weight.zero is not None,
     }
-    return next((r["why"] for r in table()["left_to_xla"] if r["of"] == kind), "")
+    for row in table()["left_to_xla"]:
+        same = all(kind[name] in values for name, values in row["of"].items())
+        if same and row["above_M"] < M:
+            return row["why"]
+    return ""
 
 
 def _up(size: int, unit: int) -> int:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from qjax_kernels import crossing
 from qjax_kernels.int_matmul import decode
-from qjax_kernels.int_matmul.blocks import SUBLANES, Blocks
+from qjax_kernels.int_matmul.blocks import Blocks, registers
 from qjax_kernels.int_matmul.reference import quantize_tokens
-from qjax_kernels.int_matmul.weight import WORD, IntWeight
+from qjax_kernels.int_matmul.weight import IntWeight
 
 LATE_CHUNK = 512  # inputs decoded at a time where nothing is done for each group
 
@@ -34,12 +35,26 @@ class Plan:
     zeros: bool
     int8_tokens: bool
     contract: Any
+    scaled_in: Any = jnp.float32
 
     @classmethod
     def of(
-        cls, weight: IntWeight, blocks: Blocks, int8_tokens: bool, contract: Any
+        cls,
+        weight: IntWeight,
+        blocks: Blocks,
+        int8_tokens: bool,
+        contract: Any,
+        scaled_in: Any = jnp.float32,
     ) -> "Plan":
-        """The plan for a weight; `contract` is the dtype that the matrix unit takes."""
+        """The plan for a weight.
+
+        Args:
+          weight: the coded weight.
+          blocks: sizes of one grid step, fitted.
+          int8_tokens: whether tokens are coded.
+          contract: the dtype that the matrix unit takes.
+          scaled_in: the dtype in which scales multiply weights, where they do.
+        """
         group = min(weight.group or weight.rows, weight.rows)
         return cls(
             bits=weight.bits,
@@ -50,15 +65,21 @@ class Plan:
             zeros=weight.zero is not None,
             int8_tokens=int8_tokens,
             contract=contract,
+            scaled_in=scaled_in,
         )
 
     @property
     def chunk(self) -> int:
         """Inputs decoded at a time: whole groups and whole registers."""
-        unit = lcm(1 if self.late else self.group, SUBLANES * WORD // self.bits)
+        unit = lcm(1 if self.late else self.group, registers(self.bits))
         most = max(self.blocks.chunk or LATE_CHUNK * self.late, unit)
         sizes = range(most // unit * unit, 0, -unit)
         return next((c for c in sizes if self.blocks.k % c == 0), self.blocks.k)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether decoded rows of several groups lie between each other."""
+        return self.bits == crossing.BITS and self.group < self.chunk and not self.late
 
     @property
     def late(self) -> bool:
@@ -181,6 +202,11 @@ def accumulate(refs: Refs, columns: Any, step: Any, plan: Plan) -> None:
         x = _columns(refs, step, first, first + size, plan)
         if plan.late:
             total += _dot(x, q.astype(plan.contract))
+        elif plan.mixed:
+            sums = _dot(_apart(x, plan), q).reshape(-1, *total.shape)
+            for at in range(len(sums)):
+                row = first + at * plan.group
+                total += sums[at] * _scale(refs, row, columns, step, plan)
         elif plan.blocks.scale_on == "weights":
             total += _dot(x, _scaled(refs, q, first, columns, step, plan))
         else:
@@ -188,6 +214,19 @@ def accumulate(refs: Refs, columns: Any, step: Any, plan: Plan) -> None:
                 y = _dot(x[:, start:stop], q[start:stop].astype(plan.contract))
                 total += y * _scale(refs, first + start, columns, step, plan)
     refs.total[:, columns] = total
+
+
+def _apart(x: Any, plan: Plan) -> Any:
+    """The tokens once for each group of a chunk, inputs of other groups set to zero.
+
+    The matrix unit takes in the weights of several groups once, and sums them apart.
+    """
+    shape, size = x.shape, plan.chunk
+    row = lax.rem(lax.broadcasted_iota(jnp.int32, shape, 1), size // crossing.HALF)
+    group = lax.div(lax.div(row, 2) * crossing.CODES, plan.group)
+    wide = x.astype(jnp.float32)
+    parts = [jnp.where(group == g, wide, 0) for g in range(size // plan.group)]
+    return jnp.concatenate(parts).astype(x.dtype)
 
 
 def _cut(size: int, group: int) -> list[tuple[int, int]]:
@@ -198,8 +237,8 @@ def _cut(size: int, group: int) -> list[tuple[int, int]]:
 def _scaled(refs: Refs, q: Any, first: int, columns: Any, step: Any, plan: Plan) -> Any:
     """Codes of a chunk times their scales."""
     pieces = [
-        q[start:stop].astype(jnp.float32)
-        * _scale(refs, first + start, columns, step, plan)
+        q[start:stop].astype(plan.scaled_in)
+        * _scale(refs, first + start, columns, step, plan).astype(plan.scaled_in)
         for start, stop in _cut(q.shape[0], plan.group)
     ]
     return jnp.concatenate([piece.astype(plan.contract) for piece in pieces])

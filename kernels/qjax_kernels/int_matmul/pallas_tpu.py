@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from qjax_kernels import crossing
 from qjax_kernels.compat import chip
 from qjax_kernels.int_matmul.blocks import Blocks, choose, vmem_limit
 from qjax_kernels.int_matmul.body import Plan, kernel
@@ -48,10 +49,15 @@ def int_matmul(
       `[M, N]`.
 
     Raises:
-      ValueError: shapes or dtypes do not agree, or the blocks need more VMEM than the
-        generation has.
+      ValueError: shapes or dtypes do not agree, the blocks need more VMEM than the
+        generation has, or 3-bit codes do not come in whole registers.
     """
     weight.check(x)
+    cannot = crossing.unfit(weight)
+    if weight.bits == crossing.BITS and int8_tokens:
+        cannot = "the kernel has int8 tokens for 2, 4 and 8 bits only"
+    if cannot:
+        raise ValueError(f"IntWeight.bits is 3, but {cannot}")
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     M = x.shape[0]
     if blocks is None:
@@ -62,7 +68,9 @@ def int_matmul(
     contract = jnp.int8 if int8_tokens and native else jnp.bfloat16
     if contract == jnp.int8 and blocks.scale_on == "weights":
         raise ValueError('Blocks.scale_on is "weights"; int8 products need "sums"')
-    plan = Plan.of(weight, blocks, int8_tokens, contract)
+    # v5 has no bfloat16 arithmetic.
+    scaled_in = jnp.bfloat16 if chip(generation).generation > 5 else jnp.float32
+    plan = Plan.of(weight, blocks, int8_tokens, contract, scaled_in)
     operands, specs = _operands(x, weight, plan)
     tokens = "arbitrary" if int8_tokens else "parallel"
     return pl.pallas_call(

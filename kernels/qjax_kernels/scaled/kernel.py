@@ -12,15 +12,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qjax_kernels.scaled.operands import (
-    LEAST_LIMIT,
-    MIB,
-    ROOM,
     Blocks,
     Decoder,
     Operands,
-    too_large,
-    up,
+    require,
     vmem_bytes,
+    vmem_limit,
 )
 
 
@@ -71,12 +68,10 @@ def scaled_matmul(
     """
     M = x.shape[0]
     blocks = blocks.fitted(M, given, decoder)
-    problem = too_large(generation, blocks, given, decoder, x.dtype.itemsize)
-    if problem:
-        raise ValueError(problem)
+    require(generation, blocks, given, decoder, x.dtype.itemsize)
     plan = _plan(given, decoder, blocks, generation, row_scale is not None)
     operands, specs = _operands(x, given, row_scale, plan)
-    needed = vmem_bytes(blocks, given, decoder, x.dtype.itemsize) + ROOM
+    needed = vmem_bytes(blocks, given, decoder, x.dtype.itemsize)
     return pl.pallas_call(
         partial(body, plan=plan),
         grid=(pl.cdiv(M, blocks.m), pl.cdiv(given.N, blocks.n), plan.steps),
@@ -89,7 +84,7 @@ def scaled_matmul(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=max(LEAST_LIMIT, up(needed, MIB)),
+            vmem_limit_bytes=vmem_limit(needed),
         ),
         interpret=interpret,
         name=name,

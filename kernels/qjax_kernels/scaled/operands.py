@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import lcm
 from typing import Any
 
@@ -25,19 +26,22 @@ class Decoder:
         `first + size` as a list of equal arrays in the dtype that is contracted.
       order: of a size: which input each row of each part is, `[parts, size / parts]`.
         Inputs that share a stored row are in neighbouring rows of every part.
-      per_row: inputs in one stored row.
+      per_row: inputs in one stored row; a fraction where codes cross words.
       factor: static, on every decoded number: `w = factor * decoded * scale`.
     """
 
     parts: Callable[..., list[Any]]
     order: Callable[[int], np.ndarray]
-    per_row: int
+    per_row: int | Fraction
     factor: float = 1.0
 
     @property
     def unit(self) -> int:
         """Inputs in whole registers of stored rows."""
-        return SUBLANES * 4 if self.per_row == 1 else SUBLANES * self.per_row
+        if self.per_row == 1:
+            return SUBLANES * 4
+        # Where codes cross words: whole registers of each of the words they cross.
+        return Fraction(SUBLANES * self.per_row).numerator
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Operands:
 
     def rows(self, decoder: Decoder) -> int:
         """Inputs in the stored rows, those that fill the last one included."""
-        return self.codes.shape[0] * decoder.per_row
+        return int(self.codes.shape[0] * decoder.per_row)
 
 
 jax.tree_util.register_dataclass(Operands, ["codes", "scale", "table"], ["group", "K"])
@@ -151,6 +155,24 @@ def too_large(
         f"blocks m={blocks.m}, n={blocks.n}, k={blocks.k} need about "
         f"{needed / MIB:.0f} MiB of VMEM; {generation} has {capacity / MIB:.0f} MiB"
     )
+
+
+def require(
+    generation: str, blocks: Blocks, given: Operands, decoder: Decoder, x_bytes: int
+) -> None:
+    """That the blocks fit into VMEM.
+
+    Raises:
+      ValueError: they do not.
+    """
+    problem = too_large(generation, blocks, given, decoder, x_bytes)
+    if problem:
+        raise ValueError(problem)
+
+
+def vmem_limit(needed: int) -> int:
+    """The limit to give to the compiler for arrays of so many bytes."""
+    return max(LEAST_LIMIT, up(needed + ROOM, MIB))
 
 
 def up(size: int, unit: int) -> int:

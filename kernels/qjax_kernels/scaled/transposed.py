@@ -19,17 +19,17 @@ from jax.experimental.pallas import tpu as pltpu
 from qjax_kernels.scaled.kernel import float_scale
 from qjax_kernels.scaled.operands import (
     LANES,
-    LEAST_LIMIT,
-    MIB,
-    ROOM,
     Blocks,
     Decoder,
     Operands,
     divisor,
-    too_large,
-    up,
+    require,
     vmem_bytes,
+    vmem_limit,
 )
+
+BLOCKS = Blocks(1024, 512, 1024, chunk=256)
+"""Sizes of one grid step, for every generation."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def transposed_matmul(
     dy: Any,
     given: Operands,
     decoder: Decoder,
-    blocks: Blocks,
+    blocks: Blocks = BLOCKS,
     *,
     generation: str,
     name: str,
@@ -77,9 +77,7 @@ def transposed_matmul(
       ValueError: the blocks need more VMEM than the generation has.
     """
     blocks = fitted(blocks, dy.shape[0], given, decoder)
-    problem = too_large(generation, blocks, given, decoder, 2)
-    if problem:
-        raise ValueError(problem)
+    require(generation, blocks, given, decoder, 2)
     rows, scale = given.rows(decoder), given.scale
     plan = Plan(
         decoder,
@@ -100,7 +98,7 @@ def transposed_matmul(
         scratch_shapes=[pltpu.VMEM((blocks.m, blocks.k), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_limit(blocks, given, decoder),
+            vmem_limit_bytes=vmem_limit(needed(blocks, given, decoder)),
         ),
         interpret=interpret,
         name=name,
@@ -119,11 +117,10 @@ def fitted(blocks: Blocks, M: int, given: Operands, decoder: Decoder) -> Blocks:
     return narrow.fitted(M, given, decoder)
 
 
-def vmem_limit(blocks: Blocks, given: Operands, decoder: Decoder) -> int:
-    """The limit to give to the compiler."""
+def needed(blocks: Blocks, given: Operands, decoder: Decoder) -> int:
+    """VMEM of one grid step, in which decoded weights are transposed."""
     decoded = blocks.chunk * blocks.n * 8 + 2 * blocks.m * blocks.k * 4
-    needed = vmem_bytes(blocks, given, decoder, 2) + decoded + ROOM
-    return max(LEAST_LIMIT, up(needed, MIB))
+    return vmem_bytes(blocks, given, decoder, 2) + decoded
 
 
 def _operands(

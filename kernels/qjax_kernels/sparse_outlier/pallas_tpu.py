@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from qjax_kernels.coded import WORD
 from qjax_kernels.compat import chip
 from qjax_kernels.int_matmul import blocks as int_blocks
 from qjax_kernels.int_matmul import decode
@@ -23,7 +24,7 @@ from qjax_kernels.int_matmul.blocks import LANES, SUBLANES, Blocks
 from qjax_kernels.int_matmul.body import Plan, Refs, accumulate, offset
 from qjax_kernels.int_matmul.pallas_tpu import group_sums
 from qjax_kernels.int_matmul.pallas_tpu import name_of as int_name_of
-from qjax_kernels.int_matmul.weight import WORD, IntWeight
+from qjax_kernels.int_matmul.weight import IntWeight
 from qjax_kernels.sparse_outlier.reference import check
 
 CHUNK = 256  # inputs that are left out together if none is an outlier
