@@ -49,9 +49,9 @@ class Attention(nnx.Module):
         c = self.config
         parts = jnp.split(self.qkv_proj(x), 3, axis=-1)
         q, k, v = (layers.split_heads(part, c.heads) for part in parts)
-        k, v, kv = layers.remember(kv, layer, step, k, v)
-        mask = layers.causal_mask(step, window)
-        return self.o_proj(layers.attention(q, k, v, mask, c.head_dim**-0.5)), kv
+        scale = c.head_dim**-0.5
+        out, kv = layers.attend(q, k, v, kv, layer, step, window, scale)
+        return self.o_proj(out), kv
 
 
 class Block(nnx.Module):

@@ -20,6 +20,7 @@ from qjax.core.formats import tensor
 from qjax.core.qtensor import Activation, SiteActs
 from qjax.ops import kv_cache
 from qjax.ops.activations import coded_values
+from qjax.ops.attention import attend_seen
 
 INITIALIZER_RANGE = 0.02
 FLOAT8 = Activation(FloatFormat("e4m3", tensor()), dynamic=False)
@@ -99,14 +100,21 @@ def remember(
     k, v = checkpoint_name(k, "keys"), checkpoint_name(v, "values")
     if kv is None:
         return k, v, None
-    layer = jnp.asarray(layer, jnp.int32)
-    keys, values = (
-        kv_cache.write(old, layer, step.slots[0], new)
-        for old, new in zip(kv, (k, v), strict=True)
-    )
+    keys, values = _written(kv, layer, step, k, v)
     k = kv_cache.read(keys, layer, k.dtype)
     v = kv_cache.read(values, layer, v.dtype)
     return k, v, (keys, values)
+
+
+def _written(
+    kv: tuple[Any, Any], layer: Any, step: Step, k: Any, v: Any
+) -> tuple[Any, Any]:
+    """The cache with new keys and values in the slots of the step."""
+    keys, values = (
+        kv_cache.write(old, jnp.asarray(layer, jnp.int32), step.slots[0], new)
+        for old, new in zip(kv, (k, v), strict=True)
+    )
+    return keys, values
 
 
 def in_float8(x: Float[Array, "B T G d"], scale: Float[Array, " 1"]) -> Any:
@@ -153,6 +161,34 @@ def attention(
 def soft_cap(x: Any, cap: float | None) -> Any:
     """`cap * tanh(x / cap)`, which stays between -cap and cap; None changes nothing."""
     return x if cap is None else jnp.tanh(x / cap) * cap
+
+
+def attend(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T G d"],
+    v: Float[Array, "B T G d"],
+    kv: tuple[Any, Any] | None,
+    layer: Any,
+    step: Step,
+    window: Any,
+    scale: float,
+    cap: float | None = None,
+) -> tuple[Float[Array, "B T Hd"], tuple[Any, Any] | None]:
+    """Attention to what was seen, and the cache with the new keys and values.
+
+    One new token meets the codes of a coded cache as they are. More tokens, and scores
+    with a `cap`, meet the values that codes stand for.
+    """
+    coded = kv is not None and all(isinstance(x, kv_cache.CodedCache) for x in kv)
+    if coded and q.shape[1] == 1 and cap is None:
+        keys, values = _written(kv, layer, step, k, v)
+        seen = causal_mask(step, window)[:, 0]
+        out = attend_seen(
+            q[:, 0], keys.layer(layer), values.layer(layer), seen, scale=scale
+        )
+        return out.reshape(*q.shape[:2], -1), (keys, values)
+    k, v, kv = remember(kv, layer, step, k, v)
+    return attention(q, k, v, causal_mask(step, window), scale, cap), kv
 
 
 class RMSNorm(nnx.Module):

@@ -66,9 +66,9 @@ class Attention(nnx.Module):
         q = layers.split_heads(self.q_proj(x), c.heads)
         k = layers.split_heads(self.k_proj(x), c.heads)
         v = layers.split_heads(self.v_proj(x), c.heads)
-        k, v, kv = layers.remember(kv, layer, step, k, v)
-        mask = layers.causal_mask(step, window)
-        return self.o_proj(layers.attention(q, k, v, mask, c.head_dim**-0.5)), kv
+        scale = c.head_dim**-0.5
+        out, kv = layers.attend(q, k, v, kv, layer, step, window, scale)
+        return self.o_proj(out), kv
 
 
 class Block(nnx.Module):

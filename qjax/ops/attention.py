@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 from jaxtyping import Float as Floats
 from jaxtyping import Int as Ints
 
@@ -49,6 +49,40 @@ def attend(
     chosen = attention_choice(q, keys, implementation, target)
     run = partial(_attend, scale=scale, generation=chosen.generation)
     return run(q, keys, values, start.astype(jnp.int32), stop.astype(jnp.int32))
+
+
+def attend_seen(
+    q: Floats[Array, "B H d"],
+    keys: CodedCache,
+    values: CodedCache,
+    seen: Bool[Array, "B S"],
+    *,
+    scale: float,
+    implementation: str = "auto",
+    target: Target | None = None,
+) -> Floats[Array, "B H d"]:
+    """`attend` to any slots of a cache, those that are `seen`.
+
+    A kernel runs where every sequence's slots lie side by side, which is known at run
+    time only; XLA's form where one's do not.
+
+    Raises:
+      ValueError: unknown implementation, or no kernel for "pallas".
+    """
+    target = here() if target is None else target
+    generation = attention_choice(q, keys, implementation, target).generation
+    if generation is None:
+        return by_xla(q, keys, values, seen, scale)
+    start = jnp.argmax(seen, 1).astype(jnp.int32)
+    count = jnp.sum(seen, 1, dtype=jnp.int32)
+    last = seen.shape[1] - jnp.argmax(seen[:, ::-1], 1).astype(jnp.int32)
+    stop = jnp.where(count == 0, start, last)
+
+    def on_kernel() -> jax.Array:
+        return _attend(q, keys, values, start, stop, scale=scale, generation=generation)
+
+    whole = jnp.all(stop - start == count)
+    return jax.lax.cond(whole, on_kernel, lambda: by_xla(q, keys, values, seen, scale))
 
 
 def attention_choice(
@@ -103,27 +137,31 @@ def _attend(
             q, _cached(keys), _cached(values), start, stop,
             scale=scale, generation=generation,
         )  # fmt: skip
-    return by_xla(q, keys, values, start, stop, scale)
+    return by_xla(q, keys, values, between(start, stop, keys), scale)
+
+
+def between(start: Any, stop: Any, keys: CodedCache) -> Bool[Array, "B S"]:
+    """The slots from `start[B]` to before `stop[B]`."""
+    slots = jnp.arange(keys.codes.shape[1])
+    return (slots >= start[:, None]) & (slots < stop[:, None])
 
 
 def by_xla(
-    q: Any, keys: CodedCache, values: CodedCache, start: Any, stop: Any, scale: float
+    q: Any, keys: CodedCache, values: CodedCache, seen: Any, scale: float
 ) -> jax.Array:
     """Scales on scores and weights: the codes go into the products as they are."""
-    B, S, G, d = keys.codes.shape
+    B, _, G, d = keys.codes.shape
     heads = q.reshape(B, G, -1, d)
     scores = jnp.einsum(
         "bgqd,bsgd->bgqs", heads, keys.codes.astype(q.dtype),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     scores = scores * (keys.scale * scale)[:, :, None]
-    slots = jnp.arange(S)
-    seen = (slots >= start[:, None]) & (slots < stop[:, None])
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1) * values.scale[:, :, None]
     out = jnp.einsum(
         "bgqs,bsgd->bgqd", weights.astype(q.dtype), values.codes.astype(q.dtype),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    out = out.reshape(q.shape) * (stop > start)[:, None, None]
+    out = out.reshape(q.shape) * seen.any(1)[:, None, None]
     return out.astype(q.dtype)

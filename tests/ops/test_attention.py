@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qjax.core.formats import Float, Int
 from qjax.ops import Target, kv_cache
-from qjax.ops.attention import attend, attention_choice
+from qjax.ops.attention import attend, attend_seen, attention_choice
 from qjax_kernels.compat import interpret_params
 
 B, S, G, H, d = 2, 32, 2, 4, 128
@@ -27,11 +27,14 @@ def filled(format, seed):
     return cache.layer(0), np.asarray(kv_cache.read(cache, 0, jnp.float32), np.float64)
 
 
-def softmax_attention(q, k, v, scale):
+WHOLE = (np.arange(S) >= START[:, None]) & (np.arange(S) < STOP[:, None])
+
+
+def softmax_attention(q, k, v, scale, slots=WHOLE):
     """In float64, one sequence and head at a time."""
     out, size = np.zeros(q.shape), np.zeros(q.shape)
     for b in range(B):
-        seen = slice(int(START[b]), int(STOP[b]))
+        seen = np.asarray(slots[b])
         for h in range(H):
             keys, values = k[b, seen, h * G // H], v[b, seen, h * G // H]
             weights = np.exp(keys @ np.asarray(q[b, h], np.float64) * scale)
@@ -56,6 +59,19 @@ def test_equals_attention_to_what_the_cache_holds(format, implementation):
         )  # fmt: skip
     true, size = softmax_attention(q, k, v, d**-0.5)
     # Weights and the result are rounded to bfloat16.
+    assert (np.abs(np.asarray(y, np.float64) - true) <= 2.0**-7 * size).all()
+
+
+@pytest.mark.parametrize("hole", [False, True])
+def test_any_slots_may_be_seen(hole):
+    """The kernel runs where they lie side by side; both ways are in one program."""
+    (keys, k), (values, v) = filled(Int(8), 0), filled(Int(8), 1)
+    q = jax.random.normal(jax.random.key(2), (B, H, d), jnp.bfloat16)
+    seen = jnp.asarray(WHOLE).at[0, 7].set(not hole)
+    pltpu.reset_tpu_interpret_mode_state()
+    with pltpu.force_tpu_interpret_mode(interpret_params()):
+        y = attend_seen(q, keys, values, seen, scale=d**-0.5, target=TPU)
+    true, size = softmax_attention(q, k, v, d**-0.5, seen)
     assert (np.abs(np.asarray(y, np.float64) - true) <= 2.0**-7 * size).all()
 
 

@@ -9,7 +9,7 @@ from gates.kv_attention import Case
 
 from forms.form import Form
 from qjax.ops import Target, attend
-from qjax.ops.attention import by_xla
+from qjax.ops.attention import between, by_xla
 from qjax.ops.kv_cache import CodedCache
 from qjax_kernels.kv_attention.pallas_tpu import (
     choose,
@@ -60,7 +60,8 @@ def bfloat16(generation: str) -> Form:
 
     def run(q: Any, k: Any, v: Any, start: Any, stop: Any) -> Any:
         ones = jnp.ones((B, G, S), jnp.float32)
-        return by_xla(q, CodedCache(k, ones), CodedCache(v, ones), start, stop, 0.1)
+        keys, values = CodedCache(k, ones), CodedCache(v, ones)
+        return by_xla(q, keys, values, between(start, stop, keys), 0.1)
 
     name = f"{generation} attention_bfloat16 {B}x{S}x{G}x{d}, XLA"
     least = 4.0 * B * S * G * d
