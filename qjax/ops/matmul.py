@@ -19,6 +19,7 @@ from qjax.ops.activations import (
     contraction,
     integers,
 )
+from qjax.ops.elements import elements_choice, elements_product
 from qjax.ops.kernels import Choice, check_implementation, choices, kernel_product
 from qjax.ops.narrow import coded_narrow_product, narrow_product
 from qjax.ops.outliers import kept_product, split_outliers
@@ -68,8 +69,9 @@ def matmul(
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     chosen = chosen_for(x, q, site, implementation, target)
     turning = rotation_for(x, q, site, implementation, target)
-    generation = None if turning is None else turning.generation
-    return product_of(x, q, site, dtype, precision, chosen, generation, False)
+    elements = elements_choice(q, x, implementation, target or here())
+    turn, put = (None if c is None else c.generation for c in (turning, elements))
+    return product_of(x, q, site, dtype, precision, chosen, turn, False, put)
 
 
 def chosen_for(
@@ -129,6 +131,7 @@ def _matmul(
     chosen: tuple[Choice, ...],
     turning: str | None,
     by_piece: bool,
+    elements: str | None = None,
 ) -> Any:
     decoded = pieces.forward if by_piece else _decoded_product
     acts = q.site(site)
@@ -177,14 +180,14 @@ def _matmul(
         inner = _factor_product(narrow, whole, q.left)
         terms.append(_factor_product(dot, inner, q.right))
     if q.sparse is not None:
-        terms.append(dot(x, q.sparse.dense((q.layout.K, q.layout.N), x.dtype)))
+        terms.append(elements_product(dot, x, q, dtype, elements))
     y = reduce(add, terms)
     y = y if acts.t_out is None else acts.t_out(y)
     return y if q.bias is None else y + q.bias.astype(y.dtype)[..., None, :]
 
 
 _matmul.__name__ = "qmatmul"
-product_of = jax.jit(_matmul, static_argnums=(2, 3, 4, 5, 6, 7))
+product_of = jax.jit(_matmul, static_argnums=(2, 3, 4, 5, 6, 7, 8))
 """What `matmul` runs; by piece, decoded weights are, and nothing is differentiated."""
 
 

@@ -19,6 +19,7 @@ from qjax.core.qtensor import QTensor, Stacked, is_quantized
 from qjax.core.scales import Grid
 from qjax.ops.activations import contraction
 from qjax.ops.targets import Target, here
+from qjax.ops.tiles import tiled, untiled
 from qjax_kernels.int_matmul import launch
 from qjax_kernels.int_matmul.fragments import (
     BITS,
@@ -88,10 +89,9 @@ def pack(qparams: Any, target: Target | None = None) -> Any:
     float activations, and for any GPU groups of them that meet coded tokens. For a CPU,
     integers of whole channels that meet integers, and for any GPU those of 8 bits:
     their products read both along K, and a loop over layers would first turn all
-    weights.
-    Anything else, and everything on a TPU, is returned as it is. Do this once, after
-    loading; packed leaves are neither saved nor sharded. `unpack` gives back what was
-    packed, bit for bit.
+    weights. For a TPU, outlier weights in bfloat16 are sorted into tiles, on the host.
+    Anything else is returned as it is. Do this once, after loading; packed leaves are
+    neither saved nor sharded. `unpack` gives back what was packed, bit for bit.
 
     Args:
       qparams: arrays and QTensors.
@@ -99,6 +99,8 @@ def pack(qparams: Any, target: Target | None = None) -> Any:
         process.
     """
     target = here() if target is None else target
+    if target.platform == "tpu":
+        return _mapped(tiled, qparams)
     return _mapped(lambda q: packed(q, order_for(q, target)), qparams)
 
 
@@ -106,7 +108,8 @@ def unpack(qparams: Any) -> Any:
     """The tree as it was before `pack`."""
 
     def canonical(q: QTensor) -> QTensor:
-        return replace(q, parts=tuple(_unpacked(part) for part in q.parts))
+        parts = tuple(_unpacked(part) for part in q.parts)
+        return replace(untiled(q), parts=parts)
 
     return _mapped(canonical, qparams)
 

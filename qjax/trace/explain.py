@@ -5,8 +5,10 @@ from functools import partial
 from typing import Any
 
 from qjax.ops import Target
+from qjax.ops.elements import elements_choice
 from qjax.ops.matmul import chosen_for, promoted, rotation_for
 from qjax.ops.ragged import ragged_chosen_for
+from qjax.ops.targets import here
 from qjax.trace.apply import low_bit
 from qjax.trace.contractions import Call
 from qjax.trace.program import trace
@@ -69,6 +71,9 @@ def _explaining(
         turning = rotation_for(x, q, site, implementation, target)
         if turning is not None:
             runs = f"{runs}, rotated by {_names((turning,))}"
+        elements = elements_choice(q, x, implementation, target or here())
+        if elements is not None:
+            runs = f"{runs}, outlier weights by {elements.name}"
     else:
         return output, f"{runs}; xla, no pallas: there is no kernel for {call.kind}"
     return output, f"{runs}; {_names(chosen)}{_refusals(chosen)}"

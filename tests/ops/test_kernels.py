@@ -1,5 +1,8 @@
 """The choice between XLA and the kernels, and that both mean the same."""
 
+from dataclasses import replace
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from qjax.core.coded import encode
 from qjax.core.formats import (
     MX,
     NVFP4,
+    Additive,
     Codebook,
     Float,
     Int,
@@ -21,8 +25,9 @@ from qjax.core.formats import (
     token,
 )
 from qjax.core.layout import Layout
-from qjax.core.qtensor import Activation, QTensor, SiteActs
+from qjax.core.qtensor import Activation, QTensor, SiteActs, Sparse
 from qjax.ops import Target, matmul
+from qjax.ops.elements import elements_choice
 from qjax.ops.kernels import choices
 from qjax_kernels.compat import interpret_params
 
@@ -48,6 +53,7 @@ def simulated():
     ("format", "activation"),
     [
         (Int(4, group(64), symmetric=False), None),
+        (Int(3, group(64), symmetric=False), None),
         (Int(4, channel(), zero="float"), None),
         (Int(4, group(64), scale_rule="signed"), DYNAMIC),
         (Int(8, group(64), symmetric=False), DYNAMIC),
@@ -83,7 +89,7 @@ def test_kernels_agree_with_the_values(format, activation, simulated):
         (MX("fp4"), None),
         (NVFP4(), Activation(NVFP4())),
         (Codebook("nf4", double_quant=256), None),
-        (Codebook(None, channel(), bits=2), None),
+        (Codebook(None, channel(), bits=3), None),
     ],
     ids=lambda part: "none" if part is None else getattr(part, "name", "coded"),
 )
@@ -180,8 +186,11 @@ def test_scales_on_sums_of_codes_agree_with_the_scan(format):
 
 
 REFUSALS = [
-    (Int(3, group(64)), None, TPU, "no kernel for int3 g64"),
-    (Codebook(None, bits=3), None, TPU, "no kernel for codebook3"),
+    (Int(5, group(64)), None, TPU, "no kernel for int5 g64"),
+    (Int(3, group(64)), DYNAMIC, TPU, "no kernel for int3 g64"),
+    (Int(3, group(16)), None, TPU, "scales for whole 32 inputs, not 16"),
+    (Codebook(None, bits=5), None, TPU, "no kernel for codebook5"),
+    (Additive(), None, TPU, "no kernel for vectors 8 bits x8"),
     (MX("fp6"), None, TPU, "no kernel for mxfp6"),
     (Float("e4m3b11"), None, Target("tpu", "v7x"), "no type of v7x"),
     (Int(4, block(64, 64)), None, TPU, "scales for single outputs"),
@@ -212,6 +221,29 @@ def test_float32_activations_and_huge_tokens_are_refused():
     assert "contracts bfloat16; the activation is float32" in choice.refused
 
 
+def test_outlier_weights_run_on_a_kernel_once_they_are_in_tiles(simulated):
+    draw = np.random.default_rng(0)
+    values = jnp.asarray(draw.normal(size=50), jnp.bfloat16)
+    rows, cols = (jnp.asarray(draw.integers(0, size, 50)) for size in (K, N))
+    q = replace(quantized(Int(4, group(64))), sparse=Sparse(values, rows, cols))
+    x = jax.random.normal(jax.random.key(1), (M, K), jnp.bfloat16)
+    choice = elements_choice(q, x, "auto", TPU)
+    assert choice is not None and "qjax.pack(qparams)" in choice.refused
+    tiled = qjax.pack(q, TPU)
+    chex.assert_trees_all_equal(qjax.unpack(tiled), q)
+
+    def run(leaf, target):
+        return jax.vjp(lambda x: matmul(x, leaf, target=target, dtype=jnp.float32), x)
+
+    y, pull = run(tiled, TPU)
+    expected, pull_xla = run(q, Target("cpu"))
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(q.matrix(jnp.float32))
+    assert (np.abs(y - expected) <= 2.0**-8 * size).all()
+    np.testing.assert_array_equal(pull(y)[0], pull_xla(y)[0])
+    program = str(jax.make_jaxpr(lambda x: matmul(x, tiled, target=TPU))(x))
+    assert "elements_128" in program
+
+
 def f(params, x):
     return jnp.tanh(x @ params["up"]) @ params["down"]
 
@@ -222,12 +254,12 @@ def test_explain_names_the_implementation_of_every_site():
     x = jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)
     recipe = (
         qjax.RTN(weights=Int(4, group(32)), targets="up"),
-        qjax.RTN(weights=Int(3, group(32))),
+        qjax.RTN(weights=Int(5, group(32))),
     )
     q = qjax.quantize(f, params, recipe, example=(x,), progress=False)
     runs = {s.path: s.runs for s in qjax.explain(f, q, x, target=TPU).weights}
     assert runs["up"].endswith("; pallas v5e")
-    assert runs["down"].endswith("; xla, no pallas: no kernel for int3 g32")
+    assert runs["down"].endswith("; xla, no pallas: no kernel for int5 g32")
     here = {s.path: s.runs for s in qjax.explain(f, q, x).weights}
     assert here["up"].endswith("; xla, no pallas: there is no kernel for cpu")
 
