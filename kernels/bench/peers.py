@@ -21,7 +21,7 @@ from aot import compiled
 from branches import longest
 from forms.form import Form
 from peer_kernels import on
-from products import CASES, by_xla, cases, ours, peers
+from products import CASES, KINDS, by_xla, cases, ours, peers
 from programs import context
 
 from qjax.results import Record, append, read
@@ -32,17 +32,17 @@ OUT = Path(__file__).parent / "peers.jsonl"
 def main(words: list[str]) -> None:
     """Measure what is not there yet."""
     known = {record.label for record in read(OUT)} if OUT.exists() else set()
-    for generation, M in CASES:
-        if set(words) <= {generation, str(M)}:
-            for case in cases(generation, M):
-                measure(case, known)
+    for kind in range(len(KINDS)):
+        for generation, M in CASES:
+            if set(words) <= {generation, str(M), KINDS[kind]}:
+                measure(cases(generation, M)[kind], known)
 
 
 def measure(case: Any, known: set[str]) -> None:
     """Every form of one case."""
     named = [(f"XLA, {name}", form) for name, form in by_xla(case)]
     named += [("Pallas, ours", ours(case)), *peers(case)]
-    kind = "w8a8" if case.bits == 8 else f"w4a{8 if case.int8 else 16} g128"
+    kind = KINDS[case.int8 + (case.bits == 8)]
     for name in dict.fromkeys(name for name, _ in named):
         label = f"{case.generation} {kind} M={case.M} {name}"
         if label in known:

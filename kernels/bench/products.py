@@ -31,6 +31,8 @@ CASES = (
 )
 """Generations and tokens, the deciding ones first."""
 
+KINDS = ("w4a16_g128", "w4a8_g128", "w8a8")
+
 
 def cases(generation: str, M: int) -> tuple[Case, ...]:
     """W4A16 and W4A8 with a scale for 128 inputs, W8A8 with one for an output."""
@@ -93,7 +95,7 @@ def peers(case: Case) -> Iterator[tuple[str, Form]]:
     if case.bits == 8:
         call = peer.tpu_inference_channel(*sizes, (*blocks_tried(M)[1], 1))
         yield "tpu-inference", of_peer(case, call)
-    for block in blocks_tried(M):
+    for block in blocks_tried(M)[: 1 if case.int8 else 2]:
         call = peer.tokamax(M, K, N, group, weights, tokens, block)
         yield "tokamax, one group", of_peer(case, call)
     if case.bits == 8 and M % 128 == 0:
