@@ -1,6 +1,7 @@
 """The choice between XLA and the kernels, and that both mean the same."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import chex
 import jax
@@ -29,6 +30,7 @@ from qjax.core.qtensor import Activation, QTensor, SiteActs, Sparse
 from qjax.ops import Target, matmul
 from qjax.ops.elements import elements_choice
 from qjax.ops.kernels import choices
+from qjax.results import read
 from qjax_kernels.compat import interpret_params
 
 K, N, M = 256, 128, 8
@@ -242,6 +244,40 @@ def test_outlier_weights_run_on_a_kernel_once_they_are_in_tiles(simulated):
     np.testing.assert_array_equal(pull(y)[0], pull_xla(y)[0])
     program = str(jax.make_jaxpr(lambda x: matmul(x, tiled, target=TPU))(x))
     assert "elements_128" in program
+
+
+KINDS = {
+    "w4a16_g128": (Int(4, group(128)), None),
+    "w4a8_g128": (Int(4, group(128)), DYNAMIC),
+    "w8a8": (Int(8), DYNAMIC),
+}
+
+
+def compared():
+    """What `kernels/bench/peers.py` found: cycles by case and by form."""
+    found = {}
+    for record in read(Path(__file__).parents[2] / "kernels/bench/peers.jsonl"):
+        generation, kind, M, form = record.label.split(maxsplit=3)
+        cycles = record.metrics.get("thousand_cycles")
+        case = generation, kind, int(M.removeprefix("M="))
+        found.setdefault(case, {})[form] = cycles
+    return {case: forms for case, forms in found.items() if "Pallas, ours" in forms}
+
+
+@pytest.mark.parametrize("case", compared(), ids=lambda case: "-".join(map(str, case)))
+def test_the_form_with_the_fewest_cycles_is_chosen(case):
+    """Of the kernel and of XLA's two forms, by the committed counts."""
+    (generation, kind, M), forms = case, compared()[case]
+    format, activation = KINDS[kind]
+    K, N = 4096, 14336
+    leaf = jax.eval_shape(lambda: quantized(format, activation, K, N))
+    x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
+    (choice,) = choices(leaf, 0, x, "auto", Target("tpu", generation))
+    known = {form: n for form, n in forms.items() if form != "Pallas, ours"}
+    xla = min(n for form, n in known.items() if form.startswith("XLA, qjax"))
+    assert bool(choice.generation) == (forms["Pallas, ours"] < xla)
+    if not choice.generation and "XLA, qjax, decoded" in known:
+        assert known["XLA, qjax, sums" if choice.sums else "XLA, qjax, decoded"] == xla
 
 
 def f(params, x):
