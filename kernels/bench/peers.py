@@ -7,9 +7,9 @@ It appends what peers.jsonl lacks. For a kernel, cycles of a call are its grid s
 times the larger of its bundles and the cycles in which memory delivers what a step
 reads. Ours count all of their branches; a peer's count one way through them
 (`branches.py`), and the blocks that are fastest of those tried. For XLA's own
-operations they are what XLA estimates, waiting for memory included, conversions of
-codes not. The limits are those of the whole call. A peer that does not compile is
-written down with what it said.
+operations they are what XLA estimates, conversions of codes not included, and no less
+than the limits, which it may leave out. The limits are those of the whole call. A peer
+that does not compile is written down with what it said.
 """
 
 import sys
@@ -80,6 +80,7 @@ def cost(case: Any, form: Form, own: bool) -> dict[str, Any]:
     schedule.clear()
     memory = schedule.memory_cycles(case.generation, form.least)
     products = schedule.product_cycles(case.generation, form.products, form.contract)
+    cycles = max(cycles, memory, products)  # XLA's estimate may be less
     return {
         "bundles": bundles or None,
         "steps": steps or None,

@@ -1,8 +1,9 @@
 """3-bit codes in VMEM: 32 lie in three words, and two cross from one to the next.
 
 Every third word is read together, so that a register holds the same field of eight
-threes. Words are first joined so that two codes lie 16 bits apart, as the two halves of
-a register of bfloat16 want them; from there it is as with 4 bits.
+threes; a TPU reads so from arrays of 128 columns, into which words are copied first.
+They are then joined so that two codes lie 16 bits apart, as the two halves of a
+register of bfloat16 want them; from there it is as with 4 bits.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-CODES, WORDS, BITS, HALF = 32, 3, 3, 16
+CODES, WORDS, BITS, HALF, LANES = 32, 3, 3, 16, 128
 UNIT = 256
 """Inputs in whole registers of every third word."""
 
@@ -32,18 +33,38 @@ SHIFTS = (
 """Where the first of each pair lies in its joined word."""
 
 
-def joined(codes: Any, first: int, size: int, columns: Any) -> list[Any]:
-    """Words `uint32[size / 32, n]` that hold each of `PAIRS` at its `SHIFTS`.
+def apart(codes: Any, lanes: Any) -> None:
+    """Copy words `[rows, n]` to `lanes[ceil(n / 128), rows, 128]`."""
+    n = codes.shape[1]
+    for at in range(lanes.shape[0]):
+        width = min(LANES, n - at * LANES)
+        lanes[at, :, :width] = codes[:, at * LANES : at * LANES + width]
+
+
+def lanes_shape(rows: int, n: int) -> tuple[int, int, int]:
+    """Of the memory that `apart` fills."""
+    return -(-n // LANES), rows, LANES
+
+
+def joined(lanes: Any, first: int, size: int, start: int, width: int) -> list[Any]:
+    """Words `uint32[size / 32, width]` that hold each of `PAIRS` at its `SHIFTS`.
 
     Args:
-      codes: a reference to words `[rows, n]`.
+      lanes: a reference to words as `apart` leaves them.
       first: input; a multiple of 32.
       size: inputs, whole threes of words.
-      columns: of the reference.
+      start: column; a multiple of 128.
+      width: columns.
     """
-    row, count = first * WORDS // CODES, size // CODES
-    a, b, c = (codes[pl.ds(row + at, count, WORDS), columns] for at in range(WORDS))
-    u = jnp.uint32
+    row, count, u = first * WORDS // CODES, size // CODES, jnp.uint32
+    blocks = range(start // LANES, -(-(start + width) // LANES))
+
+    def word(at: int) -> Any:
+        rows = pl.ds(row + at, count, WORDS)
+        wide = [lanes.at[block][rows, :] for block in blocks]
+        return jnp.concatenate(wide, axis=1)[:, :width]
+
+    a, b, c = (word(at) for at in range(WORDS))
     early = a & u(0x7FFF) | b & u(0x7FFF0000)
     late = b & u(0xFFFE) | c & u(0xFFFE0000)
     outer = (a >> u(15)) & u(0x7FFF) | (c << u(14)) & u(0x7FFF0000)

@@ -26,7 +26,10 @@ LOW, HIGH = 0xFFFF, 0xFFFF0000
 def decoder(bits: int) -> Decoder:
     """How indices of 2 to 4 bits are looked up."""
     return Decoder(
-        partial(looked_up, bits=bits), partial(order, bits=bits), Fraction(WORD, bits)
+        partial(looked_up, bits=bits),
+        partial(order, bits=bits),
+        Fraction(WORD, bits),
+        crosses=bits == crossing.BITS,
     )
 
 
@@ -63,7 +66,7 @@ def looked_up(
 ) -> list[Any]:
     """The inputs `first` to `first + size` in the order of `order`."""
     if bits == crossing.BITS:
-        words = crossing.joined(codes, first, size, columns)
+        words = crossing.joined(codes, first, size, columns.start, columns.size)
         shifts: Any = crossing.SHIFTS
     else:
         fields = WORD // bits

@@ -112,6 +112,7 @@ class Refs:
     wide: Any
     x_codes: Any
     x_scale: Any
+    lanes: Any = None
 
     @classmethod
     def of(cls, refs: tuple[Any, ...], plan: Plan) -> "Refs":
@@ -127,7 +128,9 @@ class Refs:
         x_codes, x_scale = take(plan.int8_tokens), take(plan.int8_tokens)
         made = take(plan.sums and plan.int8_tokens)
         x_sums = given if made is None else made
-        return cls(x, codes, scale, zero, x_sums, out, total, wide, x_codes, x_scale)
+        lanes = take(plan.bits == crossing.BITS)
+        tokens = x_codes, x_scale
+        return cls(x, codes, scale, zero, x_sums, out, total, wide, *tokens, lanes)
 
 
 def kernel(*references: Any, plan: Plan) -> None:
@@ -144,6 +147,8 @@ def kernel(*references: Any, plan: Plan) -> None:
         refs.wide[...] = refs.scale[...].astype(jnp.float32)
         refs.total[...] = offset(refs, plan)
 
+    if refs.lanes is not None:
+        crossing.apart(refs.codes, refs.lanes)
     for first in range(0, refs.out.shape[1], plan.blocks.tile):
         accumulate(refs, pl.ds(first, plan.blocks.tile), step, plan)
 
@@ -196,9 +201,8 @@ def accumulate(refs: Refs, columns: Any, step: Any, plan: Plan) -> None:
     total = refs.total[:, columns]
     for first in range(0, plan.blocks.k, plan.chunk):
         size = min(plan.chunk, plan.blocks.k - first)
-        q = getattr(decode, plan.blocks.decode)(
-            refs.codes, first, size, columns, plan.bits
-        )
+        codes = refs.codes if refs.lanes is None else refs.lanes
+        q = getattr(decode, plan.blocks.decode)(codes, first, size, columns, plan.bits)
         x = _columns(refs, step, first, first + size, plan)
         if plan.late:
             total += _dot(x, q.astype(plan.contract))

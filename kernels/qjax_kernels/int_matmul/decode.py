@@ -40,7 +40,7 @@ def offset(codes_ref: Any, first: int, size: int, columns: Any, bits: int) -> An
     `or`; the vector unit needs no conversion.
     """
     if bits == crossing.BITS:
-        words = crossing.joined(codes_ref, first, size, columns)
+        words = crossing.joined(codes_ref, first, size, columns.start, columns.size)
         shifts: Any = crossing.SHIFTS
     else:
         fields = WORD // bits

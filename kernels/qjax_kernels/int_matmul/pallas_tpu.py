@@ -137,6 +137,9 @@ def _scratch(weight: IntWeight, plan: Plan) -> list[Any]:
         scratch.append(pltpu.VMEM((m, 1), jnp.float32))
         if plan.sums:
             scratch.append(pltpu.VMEM((m, weight.groups), jnp.float32))
+    if weight.bits == crossing.BITS:
+        rows = plan.blocks.k * crossing.WORDS // crossing.CODES
+        scratch.append(pltpu.VMEM(crossing.lanes_shape(rows, n), jnp.uint32))
     return scratch
 
 

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from qjax_kernels import crossing
 from qjax_kernels.scaled.operands import (
     Blocks,
     Decoder,
@@ -81,6 +82,7 @@ def scaled_matmul(
         scratch_shapes=[
             pltpu.VMEM((blocks.m, blocks.n), jnp.float32),
             pltpu.VMEM((given.scale.shape[0], blocks.n), jnp.float32),
+            *lanes(blocks, decoder),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -89,6 +91,13 @@ def scaled_matmul(
         interpret=interpret,
         name=name,
     )(*operands)
+
+
+def lanes(blocks: Blocks, decoder: Decoder) -> list[Any]:
+    """Memory for words that codes cross."""
+    rows = blocks.k // decoder.per_row
+    shape = crossing.lanes_shape(rows, blocks.n)
+    return [pltpu.VMEM(shape, jnp.uint32)] if decoder.crosses else []
 
 
 def _plan(
@@ -164,8 +173,11 @@ def body(*references: Any, plan: Plan) -> None:
     x, codes, scale = left.pop(0), left.pop(0), left.pop(0)
     table = left.pop(0) if plan.has_table else None
     row_scale = left.pop(0) if plan.has_rows else None
-    out, total, wide = left
+    out, total, wide, *apart = left
     step = pl.program_id(2)
+    if apart:
+        crossing.apart(codes, apart[0])
+        codes = apart[0]
 
     @pl.when(step == 0)
     def _start():

@@ -28,12 +28,14 @@ class Decoder:
         Inputs that share a stored row are in neighbouring rows of every part.
       per_row: inputs in one stored row; a fraction where codes cross words.
       factor: static, on every decoded number: `w = factor * decoded * scale`.
+      crosses: whether `parts` reads words as `crossing.apart` leaves them.
     """
 
     parts: Callable[..., list[Any]]
     order: Callable[[int], np.ndarray]
     per_row: int | Fraction
     factor: float = 1.0
+    crosses: bool = False
 
     @property
     def unit(self) -> int:
