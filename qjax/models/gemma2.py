@@ -5,6 +5,7 @@ scaled by `sqrt(D)` where it is read.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class Attention(llama.Attention):
     def __init__(self, config: Config, *, dtype: Any, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, rngs=rngs)
         self.scale = config.score_scale
-        self.cap = config.score_cap
+        self.attention = functools.partial(layers.attention, cap=config.score_cap)
 
 
 class Block(nnx.Module):

@@ -172,15 +172,15 @@ def attend(
     step: Step,
     window: Any,
     scale: float,
-    cap: float | None = None,
+    by: Callable[..., Any] = attention,
 ) -> tuple[Float[Array, "B T Hd"], tuple[Any, Any] | None]:
     """Attention to what was seen, and the cache with the new keys and values.
 
-    One new token meets the codes of a coded cache as they are. More tokens, and scores
-    with a `cap`, meet the values that codes stand for.
+    One new token meets the codes of a coded cache as they are. More tokens, and another
+    attention than the plain one, meet the values that codes stand for.
     """
-    coded = kv is not None and all(isinstance(x, kv_cache.CodedCache) for x in kv)
-    if coded and q.shape[1] == 1 and cap is None:
+    one = q.shape[1] == 1 and by is attention
+    if kv is not None and one and isinstance(kv[0], kv_cache.CodedCache):
         keys, values = _written(kv, layer, step, k, v)
         seen = causal_mask(step, window)[:, 0]
         out = attend_seen(
@@ -188,7 +188,7 @@ def attend(
         )
         return out.reshape(*q.shape[:2], -1), (keys, values)
     k, v, kv = remember(kv, layer, step, k, v)
-    return attention(q, k, v, causal_mask(step, window), scale, cap), kv
+    return by(q, k, v, causal_mask(step, window), scale), kv
 
 
 class RMSNorm(nnx.Module):

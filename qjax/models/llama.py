@@ -61,7 +61,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Any, *, dtype: Any, rngs: nnx.Rngs):
         self.config = config
-        self.cap, self.scale = None, config.head_dim**-0.5
+        self.attention, self.scale = layers.attention, config.head_dim**-0.5
         self.make_projections(config, dtype=dtype, rngs=rngs)
         if config.qk_norm:
             self.q_norm = self.norm(config.head_dim, config.epsilon, dtype=dtype)
@@ -99,7 +99,8 @@ class Attention(nnx.Module):
         if c.coded_cache:
             k = layers.in_float8(k, self.k_scale[...])
             v = layers.in_float8(v, self.v_scale[...])
-        out, kv = layers.attend(q, k, v, kv, layer, step, window, self.scale, self.cap)
+        by, scale = self.attention, self.scale
+        out, kv = layers.attend(q, k, v, kv, layer, step, window, scale, by)
         return self.o_proj(out), kv
 
 
