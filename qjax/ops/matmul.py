@@ -303,7 +303,6 @@ def _int_dot(coded: CodedInput, part: Coded, tokens: int) -> Any:
     rows = isinstance(part, Packed) and part.order == ROWS and group == K
     w, w_zero = _stored(part, grid, rows) or integers(part.unpack(), grid, part.format)
     xs = jnp.moveaxis(_cut(x, group), -3, 0)
-    ws = w[None] if rows else jnp.moveaxis(_cut(w, group), -3, 0)
     count = xs.shape[0]
     lengths = jnp.minimum(group, K - group * jnp.arange(count)).astype(jnp.int32)
 
@@ -342,6 +341,9 @@ def _int_dot(coded: CodedInput, part: Coded, tokens: int) -> Any:
         scale = given["sx"][..., :, None] * given["sw"][..., None, :]
         return total.astype(jnp.float32) * scale
 
+    if rows:
+        return one(xs[0], w, *(values[0] for values in extra.values()))
+    ws = jnp.moveaxis(_cut(w, group), -3, 0)
     return _accumulate((xs, ws, *extra.values()), one)
 
 
