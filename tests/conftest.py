@@ -16,6 +16,10 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 # quickly. Files marked `optimized` compile as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+# A key for every program costs a tenth of the time that compiling it takes, even where
+# no folder is named to keep it in.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+
 import hypothesis
 import jax
 import numpy as np
@@ -28,6 +32,21 @@ hypothesis.settings.register_profile(
     "qjax", deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("qjax")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Files that XLA optimizes come last: others keep what was compiled before them."""
+    items.sort(key=lambda item: item.get_closest_marker("optimized") is not None)
+
+
+gc.disable()  # until all is imported
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector looks at what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 MAPS = Path("/proc/self/maps")

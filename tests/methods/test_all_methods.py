@@ -254,10 +254,9 @@ def test_3_apply_is_the_function_on_dequantized_weights(name):
     qparams = flat(row.method)
     given = apply(unrolled)(qparams, TOKENS)
     see = SEEN.get(name, lambda x: x)
+    values = dequantize(qparams)  # out here, where its operations are compiled already
     with jax.default_matmul_precision("highest"):
-        expected = unrolled(
-            dequantize(qparams), TOKENS, lambda x: jnp.asarray(see(np.asarray(x)))
-        )
+        expected = unrolled(values, TOKENS, lambda x: jnp.asarray(see(np.asarray(x))))
     # Accumulation order alone; one code of one activation may still round apart.
     slack = 2e-6 if row.method.activation is None else 2e-3
     np.testing.assert_allclose(given, expected, rtol=0, atol=slack)

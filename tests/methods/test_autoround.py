@@ -176,7 +176,7 @@ def test_blocks_of_one_shape_share_one_program_scanned_or_not():
     q, _ = solved(TUNED)
     before = optimised._cache_size()
     assert before >= 1
-    jax.clear_caches()
+    optimised.clear_cache()
     again, report = run(TUNED)
     assert optimised._cache_size() == 1
     deep, _ = run(TUNED, scanned, stack(model()))

@@ -235,7 +235,7 @@ def block_error(recipe):
 
 def test_scales_of_inputs_are_learned_on_coded_activations():
     """One program for both blocks; with the transformation far below clipping alone."""
-    jax.clear_caches()
+    optimised.clear_cache()
     tuned = qjax.OmniQuant(**W4A4, iters=40, batch_size=4, lr=0.02, let_lr=0.1)
     moved, with_let = block_error(tuned)
     assert optimised._cache_size() == 1
