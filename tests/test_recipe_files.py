@@ -21,7 +21,6 @@ from qjax.core.formats import (
 from qjax.core.qtensor import Activation
 from qjax.core.ranges import MinMaxRange, MovingAverageRange, PercentileRange
 from qjax.core.scales import MSE, Percentile
-from qjax.io.compressed_arguments import activation_of, scheme_of
 from qjax.io.huggingface import read_config
 from qjax.methods import (
     AWQ,
@@ -38,12 +37,10 @@ from qjax.methods import (
 from qjax.models.coded_cache import KVCache
 from qjax.recipe_files import read_recipe, write_recipe
 from qjax.recipes import cache_apart, check_quantizes, steps_of
-from qjax.schemes import SCHEMES, Scheme, scheme
 from qjax.trace.control import QuantizationWarning
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "qjax/models/tiny_llama"
-PRESETS = json.loads((ROOT / "tests/golden/presets.json").read_text())["presets"]
 
 RECIPES = [
     (RTN(),),
@@ -152,20 +149,6 @@ def test_what_is_refused(text, said):
 def test_only_methods_of_ours_are_written():
     with pytest.raises(TypeError, match="holds qjax's own methods, got 'W4A16'"):
         write_recipe("W4A16")
-
-
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"UNQUANTIZED"}))
-def test_scheme_is_compressed_tensors_preset(name):
-    preset = PRESETS[name]
-    weights = scheme_of(name, preset["weights"])
-    activations = activation_of(name, preset.get("input_activations"))
-    assert scheme(name) == Scheme(weights, activations)
-
-
-def test_every_preset_is_there_and_ours_are_known():
-    ours = {"NF4", "NF4_DQ", "FP4", "BINARY", "TERNARY"}
-    assert set(SCHEMES) - ours == set(PRESETS) - {"UNQUANTIZED"}
-    assert ours <= set(SCHEMES)
 
 
 def stages(modifiers):
@@ -396,30 +379,3 @@ def test_a_coded_cache_is_a_step_of_its_own():
 def test_what_has_no_counterpart(modifiers, said):
     with pytest.raises(ValueError, match=said):
         read_recipe(stages(modifiers))
-
-
-def test_experts_are_one_leaf(tmp_path):
-    config = {
-        "model_type": "qwen3_moe", "vocab_size": 32, "hidden_size": 16,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "head_dim": 8, "intermediate_size": 32, "moe_intermediate_size": 16,
-        "num_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 32,
-        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "decoder_sparse_step": 1,
-        "mlp_only_layers": [], "norm_topk_prob": True, "tie_word_embeddings": False,
-        "hidden_act": "silu", "attention_bias": False, "rope_scaling": None,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-
-    def read(**fields):
-        given = {"QuantizationModifier": {"scheme": "W8A16", **fields}}
-        return read_recipe(stages(given), tmp_path)[0]
-
-    assert read(**LINEAR) == RTN(scheme="W8A16")
-    assert "lm_head/kernel" in read(targets="Linear").targets
-    up = read(targets=["re:.*experts.*up_proj"])
-    assert up.targets == tuple(f"layers/{n}/mlp/experts/up_proj/kernel" for n in (0, 1))
-    assert read(targets=["re:.*mlp.gate$"]).targets == tuple(
-        f"layers/{n}/mlp/router/kernel" for n in (0, 1)
-    )
-    with pytest.raises(ValueError, match=r"experts\.0\.up_proj is left where other"):
-        read(targets=["re:.*experts.1.up_proj"])
