@@ -54,6 +54,8 @@ INT8 = Activation(Int(8, tensor(), symmetric=False), dynamic=False)
 TOKENS = Activation(Int(8, token()))
 BLOCKS = Activation(Float("e4m3", group(32)))
 ZERO = {"symmetric": False}
+# GPTQ's readers decode linears of blocks alone.
+OUTSIDE = {"bert": ("*head/proj*",)}
 ct = partial(Row, "compressed-tensors")
 ROWS = (
     ct("W4A16", integer(4), ("llmcompressor-w4", "llmcompressor-w4_gptq")),

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rows import ARCHITECTURES, EXPERTS, ROWS, Row
+from rows import ARCHITECTURES, EXPERTS, OUTSIDE, ROWS, Row
 
 import qjax
 from qjax.commands.inputs import BUNDLED
@@ -69,6 +69,9 @@ def export(work: Path, *only: str) -> None:
         for row in rows:
             if kind != "bundled" and row.narrow is not None:
                 row = replace(row, recipe=row.narrow)
+            if kind in OUTSIDE and row.format in ("gptq", "gptq-v2"):
+                left = replace(row.recipe, ignore=OUTSIDE[kind])
+                row = replace(row, recipe=left)
             _export(row, base, kept, work / "ours" / kind / row.folder)
 
 

@@ -90,7 +90,7 @@ class Writer:
         """`quantization_config` of the linears, quantized or not.
 
         Raises:
-          ValueError: two of them differ in format.
+          ValueError: two of them differ in format, or one lies outside of the blocks.
         """
         scheme = common_scheme("gptq", modules, lambda stored: stored[0])
         left = [m.name for m in modules if m.scheme is None and m.name != "lm_head"]
@@ -112,12 +112,21 @@ class Writer:
 
 
 def _blocks(modules: Sequence[Linear]) -> dict[str, str]:
-    """Where the blocks are, if optimum does not look there by itself."""
-    names = (m.name for m in modules if m.scheme is not None)
-    blocks = [re.split(r"\.\d+\.", name)[0] for name in names if name != "lm_head"]
-    if not blocks or blocks[0] in BLOCKS:
-        return {}
-    return {"block_name_to_quantize": blocks[0]}
+    """Where the blocks are, if optimum does not look there by itself.
+
+    Raises:
+      ValueError: a linear outside of them is quantized, which no reader decodes.
+    """
+    coded = [m.name for m in modules if m.scheme is not None and m.name != "lm_head"]
+    parts = [(name, re.split(r"\.\d+\.", name)) for name in coded]
+    blocks = next((split[0] for _, split in parts if len(split) > 1), BLOCKS[0])
+    for name, split in parts:
+        if split[0] != blocks or len(split) == 1:
+            raise ValueError(
+                f"{name} is quantized, and readers of GPTQ's format decode linears of "
+                f"{blocks} alone: leave it in float (ignore)"
+            )
+    return {} if blocks in BLOCKS else {"block_name_to_quantize": blocks}
 
 
 def _check(matrix: Matrix) -> None:

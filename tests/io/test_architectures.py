@@ -1,5 +1,6 @@
 """Every architecture in 4 bits, as compressed-tensors: torch gives the same logits."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,23 @@ def test_conv1d_in_gptq_and_back(gpt2: Any, tmp_path: Path, format: str):
     _, back, _ = load_weights(out)
     assert jax.tree.structure(back) == jax.tree.structure(coded)
     jax.tree.map(np.testing.assert_array_equal, back, coded)
+
+
+def test_gptq_holds_linears_of_blocks_alone(tmp_path: Path):
+    folder = tmp_path / "float"
+    build(KINDS[-1]).save_pretrained(folder)
+    _, params, _ = load_weights(folder)
+    coded = quantized(folder, params)
+    out = export(tmp_path / "out", coded, model=folder, format="gptq")
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert said["block_name_to_quantize"] == "bert.encoder.layer"
+    proj = params["head"]["proj"]["kernel"]
+    coded["head"]["proj"]["kernel"] = QTensor.of(
+        _encode(proj), Layout("kn", proj.shape), proj.dtype
+    )
+    with pytest.raises(ValueError, match=r"^cls.*transform.dense is quantized, and "):
+        export(tmp_path / "refused", coded, model=folder, format="gptq")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_conv1d_in_bitsandbytes(gpt2: Any, tmp_path: Path):
