@@ -38,9 +38,17 @@ class Corpus:
     rows: Iterable[Row]
     joint: str = "\n\n"
 
-    def text(self, tokenizer: Any = None) -> Text:
-        """All documents as one text; conversations need the tokenizer."""
-        parts = (row_text(row, tokenizer)[0] for row in self.rows)
+    def text(self, tokenizer: Any = None, characters: int | None = None) -> Text:
+        """Documents as one text, all or until they have so many characters.
+
+        Conversations need the tokenizer.
+        """
+        parts: list[str] = []
+        for row in self.rows:
+            if characters is not None and characters <= 0:
+                break
+            parts.append(row_text(row, tokenizer)[0])
+            characters = None if characters is None else characters - len(parts[-1])
         return Text(self.name, self.joint.join(parts))
 
 

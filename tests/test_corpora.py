@@ -53,6 +53,7 @@ def test_files_hold_rows(files, name, streaming):
     for _ in range(2):  # a stream begins anew
         assert list(corpus.rows) == ROWS
     assert corpus.text().text == "one\n\ntwo\nlines\n\nthrée"
+    assert corpus.text(characters=4).text == "one\n\ntwo\nlines"
 
 
 def test_a_text_file_is_one_document(tmp_path):

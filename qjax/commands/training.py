@@ -32,6 +32,8 @@ class TrainingOptions:
     dataset: str | None = None
     """Training text by name: pydoc (the default, offline), wikitext2, c4, ptb, pile,
     ultrachat, or any of `datasets`: a folder, owner/name, owner/name:configuration."""
+    characters: int = 20_000_000
+    """Of the text: documents from its start, until they have so many."""
     length: int = 128
     """Tokens in a window, at most the model's context."""
     batch: int = 8
@@ -143,7 +145,10 @@ class TrainingOptions:
             raise ValueError("--text and --dataset name two texts: give one of them")
         if self.text is None and self.dataset in (None, "pydoc"):
             return load_text("pydoc")
-        return load_corpus(self.text or str(self.dataset)).text(tokenizer)
+        if self.text is not None and not self.text.exists():
+            raise FileNotFoundError(f"--text {str(self.text)!r} does not exist")
+        corpus = load_corpus(self.text or str(self.dataset))
+        return corpus.text(tokenizer, self.characters)
 
     def batches(self, rows: np.ndarray, number: int) -> np.ndarray:
         """The windows of a step, `[accumulate, batch, length]`: drawn by its number."""

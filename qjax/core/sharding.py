@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qjax.core.coded import Coded
 from qjax.core.double_quant import DoubleQuantized
 from qjax.core.layout import Layout
-from qjax.core.qtensor import QTensor, Stacked
+from qjax.core.qtensor import QTensor, Sparse, Stacked
 
 Leaf = TypeVar("Leaf", QTensor, Stacked)
 
@@ -80,6 +80,11 @@ def partition_specs(q: Leaf, spec: PartitionSpec, mesh: Any) -> Leaf:
 
     if q.sparse is not None and ways_k * ways_n > 1:
         raise ValueError("a leaf with sparse outliers cannot be sharded over K or N")
+    if q.sparse is not None and type(q.sparse) is not Sparse:
+        raise ValueError(
+            "a leaf whose outliers are packed for hardware has no shards; shard "
+            "qjax.unpack of it"
+        )
     return replace(
         q,
         parts=parts,

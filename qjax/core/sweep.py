@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32
 from jaxtyping import Int as Integer
 
 from qjax.core.compensate import Coder, compensate
-from qjax.core.formats import NVFP4, Codebook, Format
+from qjax.core.formats import NVFP4, Additive, Codebook, Format
 from qjax.core.hessian import Factor, dead_features, drift_target, factorize
 from qjax.core.pytrees import register
 from qjax.core.scales import MINMAX, Grid, Search
@@ -21,9 +21,9 @@ ORDERS = ("off", "static", "dynamic", "group")
 
 
 def whole_grid(format: Format) -> bool:
-    """Whether a part of the grid (levels, a second scale) is the whole matrix's."""
+    """Whether levels, vectors or a second scale are those of the whole matrix."""
     learned = isinstance(format, Codebook) and format.levels is None
-    return learned or isinstance(format, NVFP4)
+    return learned or isinstance(format, (NVFP4, Additive))
 
 
 def columns_alone(format: Format) -> bool:

@@ -67,7 +67,7 @@ def _encode(value: Any, path: str, arrays: dict[str, Any]) -> Any:
         names = [field.name for field in fields(value)]
         parts = {n: _encode(getattr(value, n), _join(path, n), arrays) for n in names}
         return {"record": type(value).__name__, "fields": parts}
-    if isinstance(value, Coded):
+    if isinstance(value, (Coded, Sparse)):  # a backend's form of one
         raise TypeError(
             f"leaf {path or 'at the root'} is packed for hardware; save qjax.unpack of "
             "the tree"

@@ -8,7 +8,7 @@ from jaxtyping import Array
 from jaxtyping import Float as Floating
 
 from qjax.core.coded import pack_codes
-from qjax.core.formats import Format
+from qjax.core.formats import Additive, Format
 from qjax.core.qtensor import Activation
 from qjax.core.ranges import MINMAX_RANGE, check_calibrator
 from qjax.core.scales import MINMAX, MSE, Search
@@ -129,6 +129,12 @@ class Sweeping(FromStatistics):
                 f"{own}.search=MSE(), got {self.search!r}"
             )
         super().__post_init__()
+        if isinstance(self.format, Additive):
+            raise ValueError(
+                f"{own} codes one input after the other, and a code of "
+                f"{self.format.name} stands for {self.format.length}; take a format "
+                "such as Int(4, group(128))"
+            )
 
     @property
     def sweep(self) -> Sweep:

@@ -25,7 +25,7 @@ UNKNOWN = (
     "autotuning on the card",
     "other requests beside a prefill, which is one sequence with logits of every token",
     "which experts tokens choose: all of them are read",
-    "Pallas kernels: XLA's forms are what is compiled",
+    "Pallas kernels on several devices: XLA's forms are what is compiled",
 )
 """What the times and sizes leave out."""
 

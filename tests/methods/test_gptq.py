@@ -1,12 +1,14 @@
 """GPTQ against the paper in float64, and what must hold when data is poor."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax.core.formats import (
     MSE,
     MX,
@@ -332,3 +334,13 @@ def test_is_a_calibrated_method():
 def test_bad_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         GPTQ(**fields)
+
+
+@pytest.mark.parametrize("method", [qjax.GPTQ, qjax.GPTAQ])
+def test_a_code_of_several_inputs_is_refused(method: Any):
+    with pytest.raises(ValueError, match="codes one input after the other, and a code"):
+        method(weights=qjax.Additive())
+
+
+def test_vectors_are_the_whole_matrix_s():
+    assert not qjax.QEP(qjax.RTN(weights=qjax.Additive())).shared

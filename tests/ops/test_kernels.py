@@ -27,6 +27,7 @@ from qjax.core.formats import (
 )
 from qjax.core.layout import Layout
 from qjax.core.qtensor import Activation, QTensor, SiteActs, Sparse
+from qjax.io import treespec
 from qjax.ops import Target, matmul
 from qjax.ops.elements import elements_choice
 from qjax.ops.kernels import choices
@@ -233,6 +234,8 @@ def test_outlier_weights_run_on_a_kernel_once_they_are_in_tiles(simulated):
     assert choice is not None and "qjax.pack(qparams)" in choice.refused
     tiled = qjax.pack(q, TPU)
     chex.assert_trees_all_equal(qjax.unpack(tiled), q)
+    with pytest.raises(TypeError, match=r"^leaf w/sparse is packed for hardware"):
+        treespec.encode({"w": tiled})
 
     def run(leaf, target):
         return jax.vjp(lambda x: matmul(x, leaf, target=target, dtype=jnp.float32), x)

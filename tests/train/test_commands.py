@@ -106,6 +106,8 @@ def test_qat_without_data_learns_the_teachers_logits(model, text, tmp_path, caps
         assert np.array_equal(logits, exact) == same
     code, printed = run(capsys, "qat", model, tmp_path / "b", *options, "--text=x")
     assert code == 1 and "--data generated needs no text" in printed.err
+    code, printed = run(capsys, "qat", model, tmp_path / "b", "--text=no/file")
+    assert code == 1 and "--text 'no/file' does not exist" in printed.err
     options[0] = "--teacher=bundled"
     code, printed = run(capsys, "qat", model, tmp_path / "b", *options)
     assert code == 1 and "has 4096 tokens, but" in printed.err
