@@ -59,7 +59,8 @@ def quantize_cache(
     if getattr(f, "with_coded_cache", None) is None:
         raise TypeError(
             "quantize_cache needs the function of a decoder that load_model read, of "
-            f"Llama or its kind; this {type(f).__name__} cannot code its cache"
+            f"Llama or its kind, before quantize_kv or quantize_named; this "
+            f"{type(f).__name__} cannot code its cache"
         )
     if holds_cache_scales(params):
         raise ValueError("the parameters have scales for keys and values already")

@@ -176,11 +176,14 @@ def attend(
 ) -> tuple[Float[Array, "B T Hd"], tuple[Any, Any] | None]:
     """Attention to what was seen, and the cache with the new keys and values.
 
-    One new token meets the codes of a coded cache as they are. More tokens, and another
-    attention than the plain one, meet the values that codes stand for.
+    One new token meets the codes of a coded cache as they are; the weights of the codes
+    have no name. More tokens, and another attention than the plain one, meet the values
+    that codes stand for.
     """
     one = q.shape[1] == 1 and by is attention
     if kv is not None and one and isinstance(kv[0], kv_cache.CodedCache):
+        q = checkpoint_name(q, "queries")
+        k, v = checkpoint_name(k, "keys"), checkpoint_name(v, "values")
         keys, values = _written(kv, layer, step, k, v)
         seen = causal_mask(step, window)[:, 0]
         out = attend_seen(

@@ -159,8 +159,10 @@ def by_xla(
     scores = scores * (keys.scale * scale)[:, :, None]
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1) * values.scale[:, :, None]
+    # Weights times small scales would be too small for float16.
+    dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
     out = jnp.einsum(
-        "bgqs,bsgd->bgqd", weights.astype(q.dtype), values.codes.astype(q.dtype),
+        "bgqs,bsgd->bgqd", weights.astype(dtype), values.codes.astype(dtype),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     out = out.reshape(q.shape) * seen.any(1)[:, None, None]

@@ -27,8 +27,9 @@ def quantize_named(
     """`f` with some of the values that it names rounded, straight-through.
 
     The result is a function of the same arguments: train it with `fake_quantize`, run
-    it with `apply`, generate with it. What is trained is what runs; a cache holds the
-    rounded values in float.
+    it with `apply`, generate with it. What is trained is what runs; a cache of floats
+    holds the rounded values, and a coded one their codes. "attention" has no name where
+    one new token meets a coded cache. `quantize_cache` comes before, not after.
 
     Args:
       f: `f(params, *inputs)`.
@@ -59,6 +60,8 @@ def quantize_named(
         body = interpreter(low_bit, names=rules)
         return evaluated(program, body)
 
+    # What it makes would round nothing of this.
+    vars(f_named).pop("with_coded_cache", None)
     return f_named
 
 

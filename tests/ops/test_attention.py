@@ -18,9 +18,9 @@ STOP = jnp.array([30, 5], jnp.int32)
 FORMATS = [Int(8), Int(4), Float("e4m3")]
 
 
-def filled(format, seed):
+def filled(format, seed, size=1.0):
     """A cache with one layer, written in two steps, and the floats that it holds."""
-    new = jax.random.normal(jax.random.key(seed), (B, 30, G, d))
+    new = size * jax.random.normal(jax.random.key(seed), (B, 30, G, d))
     cache = kv_cache.empty((1, B, S, G, d), format)
     cache = kv_cache.write(cache, 0, 0, new[:, :29])
     cache = kv_cache.write(cache, 0, 29, new[:, 29:])
@@ -84,6 +84,19 @@ def test_float32_and_no_tokens():
     assert (np.abs(np.asarray(y) - true) <= 1e-5 * size).all()
     empty = attend(q, keys, values, STOP, STOP, scale=0.1)
     assert (np.asarray(empty) == 0).all()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_small_values_in_float16(format):
+    """Weights times scales are below float16's range, the result is within it."""
+    (keys, k), (values, v) = filled(format, 0), filled(format, 1, 1e-4)
+    q = jax.random.normal(jax.random.key(2), (B, H, d), jnp.float16)
+    y = attend(q, keys, values, START, STOP, scale=d**-0.5)
+    true, size = softmax_attention(q, k, v, d**-0.5)
+    assert y.dtype == jnp.float16
+    # The result is rounded to float16, whose numbers lie 2**-24 apart here at least.
+    rounding = np.maximum(2.0**-11 * np.abs(true), 2.0**-25)
+    assert (np.abs(np.asarray(y, np.float64) - true) <= rounding + 1e-5 * size).all()
 
 
 def test_a_refusal_says_why():

@@ -1,5 +1,7 @@
 """Keys, values and other named activations are rounded wherever they are made."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import qjax
 from qjax.models import functional, generate, llama, rope
+from qjax.models.coded_cache import quantize_cache
 from qjax.ops.kv_cache import encode
 from qjax.train import quantize_named
 
@@ -74,7 +77,8 @@ def test_what_is_trained_is_served():
         np.testing.assert_allclose(jax.jit(served)(q, X), trained, atol=1e-5)
 
 
-def test_a_cache_holds_the_rounded_values():
+def decoder():
+    """A Llama of two layers, its parameters far from their initialisation."""
     config = llama.Config(
         vocabulary=50, features=32, mlp_features=48, layers=2, heads=4, kv_heads=2,
         head_dim=8, context=64, epsilon=1e-5, rope=rope.plain(8, 1e4), tied=True,
@@ -84,6 +88,11 @@ def test_a_cache_holds_the_rounded_values():
     params = jax.tree.map(
         lambda w: w + 0.3 * jax.random.normal(jax.random.key(w.size), w.shape), params
     )
+    return plain, params
+
+
+def test_a_cache_holds_the_rounded_values():
+    plain, params = decoder()
     f = quantize_named(plain, FORMATS)
     tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 50)
     out = generate(f, params, tokens, 4)
@@ -113,6 +122,28 @@ def test_a_coded_cache_stores_them_as_they_were_trained(bits):
     assert np.abs(values - x).max() > 1e-3
     with pytest.raises(ValueError, match=r"quantize_kv\.bits must be a whole number"):
         qjax.quantize_kv(f, 9)
+
+
+def test_a_step_of_decoding_codes_them_after_rounding():
+    """Two bits are codes -7, 0 and 7 of the four that the cache has."""
+    plain, params = decoder()
+    queries = quantize_named(plain, {"queries": INT4})
+    f = qjax.quantize_kv(queries, 2)
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 50)
+    call, logits = jax.jit(f), {}
+    for dtype in (jnp.int4, jnp.float32):
+        _, cache = call(params, tokens[:, :5], plain.init_cache(2, 6, dtype))
+        logits[dtype], cache = call(params, tokens[:, 5:], cache)
+        if dtype == jnp.int4:
+            assert set(np.unique(cache.k.codes.astype(jnp.int8))) == {-7, 0, 7}
+    np.testing.assert_allclose(logits[jnp.int4], logits[jnp.float32], atol=2e-5)
+
+
+def test_a_coded_cache_is_not_made_without_the_rounding():
+    plain, params = decoder()
+    f = dataclasses.replace(plain, with_coded_cache=lambda: plain)
+    with pytest.raises(TypeError, match="before quantize_kv or quantize_named"):
+        quantize_cache(qjax.quantize_kv(f, 4), params, [(jnp.ones((1, 2), int),)])
 
 
 def test_bad_arguments():
