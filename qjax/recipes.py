@@ -121,9 +121,18 @@ def check_quantizes(steps: Sequence[Any]) -> None:
 
 
 def cache_apart(recipe: Any) -> tuple[tuple[Any, ...], bool]:
-    """The steps without those that code the cache, and whether there was one."""
+    """The steps without those that code the cache, and whether there was one.
+
+    Raises:
+      ValueError: there is no other step.
+    """
     steps = tuple(recipe) if isinstance(recipe, (tuple, list)) else (recipe,)
     rest = tuple(step for step in steps if kind_of(step) != "cache")
+    if steps and not rest:
+        raise ValueError(
+            "the recipe is KVCache alone, which codes no weights; add a method such as "
+            "RTN()"
+        )
     return rest, len(rest) < len(steps)
 
 

@@ -74,6 +74,26 @@ def strict():
         yield
 
 
+@pytest.fixture
+def largest_float():
+    """`size(f, *at)` of the largest float array that a program makes."""
+    # Here, after the options above: it imports qjax.
+    from qjax.trace import compat
+
+    def made(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield from (v.aval for v in eqn.outvars if hasattr(v.aval, "shape"))
+            for value in jax.tree.leaves(eqn.params, is_leaf=compat.is_jaxpr):
+                if compat.is_jaxpr(value):
+                    yield from made(compat.body(value)[0])
+
+    def size(f, *at):
+        arrays = made(jax.make_jaxpr(f)(*at).jaxpr)
+        return max(a.size for a in arrays if jax.numpy.issubdtype(a.dtype, np.floating))
+
+    return size
+
+
 # Every projection is 64 x 64: one shape, one compilation per recipe.
 VOCABULARY, FEATURES, LAYERS, CONTEXT = 128, 64, 2, 64
 CONFIG = {

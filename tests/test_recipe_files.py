@@ -334,6 +334,8 @@ def test_a_coded_cache_is_a_step_of_its_own():
     assert read_recipe("[KVCache, RTN]")[0] == KVCache()
     with pytest.raises(ValueError, match=r"KVCache.*qjax\.quantize_cache\(f, params"):
         check_quantizes(steps_of(steps))
+    with pytest.raises(ValueError, match="KVCache alone, which codes no weights"):
+        cache_apart(KVCache())
 
 
 @pytest.mark.parametrize(

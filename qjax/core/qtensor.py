@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.coded import Coded
-from qjax.core.formats import Format
+from qjax.core.formats import Additive, Format
 from qjax.core.layout import Layout
 from qjax.core.pytrees import register
 
@@ -31,7 +31,8 @@ class Activation:
         in float (dot sites only); None codes all of them.
 
     Raises:
-      ValueError: `outliers` is not above zero, or the range is static.
+      ValueError: `outliers` is not above zero, or the range is static; the format has
+        a code for several features.
     """
 
     format: Format
@@ -39,6 +40,11 @@ class Activation:
     outliers: float | int | None = None
 
     def __post_init__(self):
+        if isinstance(self.format, Additive):
+            raise ValueError(
+                f"Activation.format is {self.format.name}, whose vectors are learned "
+                "from weights; take a format such as Int(8, token())"
+            )
         if self.outliers is None:
             return
         number = isinstance(self.outliers, (int, float))

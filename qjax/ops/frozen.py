@@ -7,8 +7,9 @@ The backward pass needs the codes, and of a coded input the input itself: no flo
 weight is kept for it, and no float array of the whole weight is made in either pass.
 
 Limits: outliers `S` are spread over a float matrix (`takes` refuses them); a kernel, or
-a TPU's form with scales on sums, decodes as it multiplies; of experts a piece is as
-large as one expert, or 128 columns of all of them.
+a TPU's form with scales on sums, decodes as it multiplies; a GPU's form for narrow
+weights does so if it is compiled with `GPU_COMPILER_OPTIONS`, and writes the decoded
+weight without them; of experts a piece is as large as one, or 128 columns of all.
 """
 
 from functools import partial, reduce

@@ -110,7 +110,7 @@ def how(q: QTensor, site: int = 0) -> str:
     activation = q.site(site).activation
     names = " + ".join(part.format.name for part in q.parts) or "low rank"
     branch = "" if q.left is None or not q.parts else ", low rank beside it in float"
-    branch += "" if q.sparse is None else ", outliers spread over a float matrix"
+    branch += "" if q.sparse is None else ", outlier weights beside it"
     if activation is None:
         return f"{names}, float activations{branch}"
     ways = {contraction(part.format, activation.format) for part in q.parts}

@@ -73,7 +73,8 @@ def _explaining(
             runs = f"{runs}, rotated by {_names((turning,))}"
         elements = elements_choice(q, x, implementation, target or here())
         if elements is not None:
-            runs = f"{runs}, outlier weights by {elements.name}"
+            spread = "" if elements.generation else ", spread over a float matrix"
+            runs = f"{runs} by {elements.name}{spread}"
     else:
         return output, f"{runs}; xla, no pallas: there is no kernel for {call.kind}"
     return output, f"{runs}; {_names(chosen)}{_refusals(chosen)}"

@@ -144,7 +144,8 @@ def lora(
     and again in the backward pass, which keeps none: no pass makes a float array of a
     whole quantized weight, DoRA's norm included. Exceptions: a leaf with outliers `S`
     (`explain` shows it), one that is read along other axes than those of its codes,
-    which is merged (`QuantizationWarning`), and DoRA's norm of a leaf with a transform.
+    which is merged (`QuantizationWarning`), DoRA's norm of a leaf with a transform, and
+    narrow weights on a GPU unless compiled with `qjax.ops.GPU_COMPILER_OPTIONS`.
 
     Args:
       f: `f(params, *inputs)`.

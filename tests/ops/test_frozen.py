@@ -17,7 +17,6 @@ from qjax.ops.frozen import frozen_matmul, frozen_ragged, takes
 from qjax.ops.packed import Packed
 from qjax.ops.pieces import Cut, cut_of
 from qjax.ops.targets import Target
-from qjax.trace import compat
 
 K, N, M, E, R = 64, 157, 6, 5, 2
 INT4 = Int(4, group(16), symmetric=False, zero="int")
@@ -64,27 +63,13 @@ LEAVES = {
 }
 
 
-def arrays_in(jaxpr):
-    """Every array that a program makes, its bodies included."""
-    for eqn in jaxpr.eqns:
-        yield from (v.aval for v in eqn.outvars if hasattr(v.aval, "shape"))
-        for value in jax.tree.leaves(eqn.params, is_leaf=compat.is_jaxpr):
-            if compat.is_jaxpr(value):
-                yield from arrays_in(compat.body(value)[0])
-
-
-def largest_float(f, *at):
-    made = arrays_in(jax.make_jaxpr(f)(*at).jaxpr)
-    return max(a.size for a in made if jnp.issubdtype(a.dtype, jnp.floating))
-
-
 def both(f):
     """Value and gradient by the input."""
     return jax.jit(lambda x: (lambda y, back: (y, back(DY)[0]))(*jax.vjp(f, x)))
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_values_and_gradients_are_those_of_the_decoded_weight(name):
+def test_values_and_gradients_are_those_of_the_decoded_weight(name, largest_float):
     """In numpy's double precision; a coded input differentiates straight through."""
     q = LEAVES[name]()
     run = lambda x: frozen_matmul(x, q)
@@ -114,7 +99,7 @@ def test_values_and_gradients_are_those_of_the_decoded_weight(name):
 
 @pytest.mark.parametrize("activation", [None, TOKENS])
 @pytest.mark.parametrize("format", [INT4, Int(8)])
-def test_experts(format, activation):
+def test_experts(format, activation, largest_float):
     q = leaf(format, activation, normal(7, E, K, N))
     sizes = jnp.array([2, 0, 1, 0, 3], jnp.int32)
     run = lambda x: frozen_ragged(x, q, sizes)

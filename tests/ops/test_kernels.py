@@ -249,6 +249,11 @@ def test_outlier_weights_run_on_a_kernel_once_they_are_in_tiles(simulated):
     assert (np.abs(difference) <= 2.0**-8 * terms).all()
     program = str(jax.make_jaxpr(lambda x: matmul(x, tiled, target=TPU))(x))
     assert "elements_128" in program
+    for leaf, by in ((tiled, "pallas v5e;"), (q, "xla, spread over a float matrix;")):
+        (found,) = qjax.explain(
+            lambda p, x: x @ p["w"], {"w": leaf}, x, target=TPU
+        ).weights
+        assert f"outlier weights beside it by {by}" in found.runs
 
 
 KINDS = {

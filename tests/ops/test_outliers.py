@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from qjax.core.coded import encode
-from qjax.core.formats import NVFP4, Float, Int, channel, group, token
+from qjax.core.formats import NVFP4, Additive, Float, Int, channel, group, token
 from qjax.core.layout import Layout
 from qjax.core.qtensor import Activation, QTensor, SiteActs
 from qjax.io import treespec
@@ -228,6 +228,11 @@ def test_files_older_than_a_field_take_its_default():
     del node["fields"]["activation"]["fields"]["format"]
     with pytest.raises(ValueError, match="Activation is stored with fields"):
         treespec.decode(node, arrays.__getitem__)
+
+
+def test_inputs_have_no_learned_vectors():
+    with pytest.raises(ValueError, match="format is vectors 8 bits x8, whose vectors"):
+        Activation(Additive())
 
 
 BAD = [

@@ -12,7 +12,6 @@ import pytest
 import qjax
 from qjax.core.formats import Codebook
 from qjax.core.lowrank import best_rank
-from qjax.trace import compat
 
 K, H, N, L, M, R = 64, 128, 64, 3, 6, 4
 NF4 = qjax.RTN(weights=Codebook("nf4", double_quant=256))
@@ -159,21 +158,6 @@ def test_no_float_weight_is_kept_for_the_backward_pass(case, recipe):
     assert not weights, [(x.shape, x.dtype) for x in weights]
 
 
-def arrays_in(jaxpr):
-    """Every array that a program makes, its bodies included."""
-    for eqn in jaxpr.eqns:
-        yield from (v.aval for v in eqn.outvars if hasattr(v.aval, "shape"))
-        for value in jax.tree.leaves(eqn.params, is_leaf=compat.is_jaxpr):
-            if compat.is_jaxpr(value):
-                yield from arrays_in(compat.body(value)[0])
-
-
-def largest(gradient, *at):
-    made = arrays_in(jax.make_jaxpr(gradient)(*at).jaxpr)
-    floats = [a for a in made if jnp.issubdtype(a.dtype, jnp.floating)]
-    return max(a.size for a in floats)
-
-
 WIDE = {"in": normal(1, 4, K, H), "out": normal(2, 4, H, N)}
 UNEVEN = {"layers": {"a": normal(1, L, K, 113), "b": normal(2, L, 113, K)}}
 
@@ -188,7 +172,7 @@ UNEVEN = {"layers": {"a": normal(1, L, K, 113), "b": normal(2, L, 113, K)}}
         (experts, WIDE, NF4, False),
     ],
 )
-def test_no_pass_makes_a_whole_float_weight(f, params, recipe, dora):
+def test_no_pass_makes_a_whole_float_weight(f, params, recipe, dora, largest_float):
     """Neither forward nor backward; `apply` decodes whole ones."""
     q = quantized(f, params, recipe)
     f_lora, adapters = started(f, q, dora=dora)
@@ -196,9 +180,9 @@ def test_no_pass_makes_a_whole_float_weight(f, params, recipe, dora):
     # The largest are a leaf's adapters, and pieces of a weight or of all experts.
     sizes = [x.size for x in jax.tree.leaves(adapters)]
     piece = K * H if f is experts else K * H // 7
-    assert largest(mine, adapters, q) <= max(piece, *sizes)
+    assert largest_float(mine, adapters, q) <= max(piece, *sizes)
     decoding = jax.grad(lambda x, q: qjax.apply(f)(q, x).sum())
-    assert largest(decoding, X, q) >= K * 113
+    assert largest_float(decoding, X, q) >= K * 113
 
 
 def test_bf16_gradients_are_those_of_the_decoded_model_to_its_rounding():
