@@ -284,6 +284,8 @@ METHODS = {
     "ParetoQ binary": qjax.QAT(qjax.ParetoQ(1)),
     "BitNet ternary": qjax.QAT(qjax.BitNet()),
     "XNOR binary": qjax.QAT(qjax.XNOR()),
+    "DoReFa int4": qjax.QAT(qjax.DoReFa(4)),
+    "BinaryConnect": qjax.QAT(qjax.BinaryConnect()),
 }
 
 PAPERS = {
