@@ -27,7 +27,7 @@ shape = jax.ShapeDtypeStruct
 
 CASES = (
     *(("v6e", 16), ("v5e", 16), ("v6e", 256), ("v5e", 256), ("v7x", 16)),
-    *(("v6e", 2048), ("v7x", 256), ("v5e", 2048)),
+    *(("v6e", 2048), ("v7x", 256), ("v5e", 2048), ("v7x", 2048)),
 )
 """Generations and tokens, the deciding ones first."""
 
