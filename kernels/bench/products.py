@@ -19,6 +19,7 @@ from qjax.core.coded import encode
 from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor, SiteActs
 from qjax.ops import Target, matmul
+from qjax_kernels.int_matmul.blocks import Blocks, tokens_stay
 
 K, N, GROUP = 4096, 14336, 128
 NARROW = {4: jnp.int4, 8: jnp.int8}
@@ -74,7 +75,8 @@ def ours(case: Case) -> Form:
     blocks = program.config["blocks"]
     block = blocks["m"], blocks["n"], blocks["k"]
     x = shape((case.M, K), jnp.bfloat16)
-    return kernel_form(case, f, (x, leaf), program.kernel, block)
+    stay = case.int8 or tokens_stay(Blocks(**blocks), case.weight)
+    return kernel_form(case, f, (x, leaf), program.kernel, block, stay)
 
 
 def product(x: Any, leaf: QTensor, *, implementation: str, target: Target) -> Any:
@@ -116,14 +118,25 @@ def of_peer(case: Case, call: peer.PeerCall) -> Form:
 
 
 def kernel_form(
-    case: Case, f: Any, arguments: Any, kernel: str, block: tuple[int, int, int]
+    case: Case,
+    f: Any,
+    arguments: Any,
+    kernel: str,
+    block: tuple[int, int, int],
+    stay: bool = False,
 ) -> Form:
-    """A kernel with that block; scales are read beside the weights."""
+    """A kernel with that block; scales are read beside the weights.
+
+    Tokens are read with every step, or, where a block has all inputs (`stay`, or in one
+    step), once.
+    """
     m, n, k = block
-    steps = -(-case.M // m) * (N // n) * (K // k)
+    by_tokens = (N // n) * (K // k)
+    steps = -(-case.M // m) * by_tokens
+    tokens = 2 * m * K / by_tokens if stay or k == K else 2 * m * k
     return Form(
         "", f, arguments, stored(case) + ends(case.M), case.M * K * N,
-        kernel, (steps, stored(case) * n * k / (K * N) + 2 * m * k),
+        kernel, (steps, stored(case) * n * k / (K * N) + tokens),
         contract=contracted(case),
     )  # fmt: skip
 

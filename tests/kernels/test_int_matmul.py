@@ -56,6 +56,7 @@ CASES = [
     # Nothing is a multiple of anything.
     Case(4, 32, "int", SUMS, M=5, K=100, N=130),
     Case(4, 64, None, OFFSET, M=1, K=320, N=1),
+    Case(4, 64, "int", replace(OFFSET, m=64, k=512), M=21),
     Case(8, 64, "float", SUMS, M=9, K=77, N=140),
     Case(4, 128, "int", SUMS, True, M=3, K=200, N=129),
 ]

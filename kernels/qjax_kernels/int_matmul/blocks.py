@@ -19,6 +19,7 @@ from qjax_kernels.int_matmul.weight import IntWeight
 
 LANES, SUBLANES, TOKENS, MIB = 128, 8, 16, 2**20
 LEAST_LIMIT = 16 * MIB  # the compiler's own default on most generations
+WHOLE_TOKENS = 4 * MIB
 ROOM = 4 * MIB  # what the compiler keeps beside the arrays that a kernel names
 
 
@@ -75,11 +76,12 @@ class Blocks:
         unit = registers(weight.bits)
         whole = weight.rows % unit == 0 and (weight.group or unit) % unit == 0
         fits = whole and weight.bits < 8 and not int8_tokens
-        one = replace(self, n=n, k=k, tile=tile)
-        if weight.bits == crossing.BITS:  # tokens in whole registers, one way to decode
-            m = min(self.m, _up(M, TOKENS))
-            return replace(one, m=m, decode="offset", scale_on="sums")
-        return replace(one, m=min(self.m, M), decode=self.decode if fits else "native")
+        decode, scale_on = self.decode if fits else "native", self.scale_on
+        if weight.bits == crossing.BITS:
+            decode, scale_on = "offset", "sums"
+        rows = _up(M, TOKENS) if decode == "offset" else M  # whole registers
+        sizes = {"m": min(self.m, rows), "n": n, "k": k, "tile": tile}
+        return replace(self, **sizes, decode=decode, scale_on=scale_on)
 
 
 def registers(bits: int) -> int:
@@ -134,7 +136,8 @@ def vmem_bytes(
     """VMEM of one grid step: double-buffered blocks, scratch, decoded weights."""
     m, n, k = _up(blocks.m, SUBLANES), _up(blocks.n, LANES), _up(blocks.k, LANES)
     G, tile = _up(weight.groups, SUBLANES), _up(blocks.tile, LANES)
-    x_columns = _up(weight.rows, LANES) if int8_tokens else k
+    whole = int8_tokens or tokens_stay(blocks, weight)
+    x_columns = _up(weight.rows, LANES) if whole else k
     x_bytes = 4 if int8_tokens else 2  # float32 at most, or bfloat16
     streamed = m * x_columns * x_bytes + k * n * weight.bits // 8 + m * n * out_bytes
     streamed += G * n * weight.scale.dtype.itemsize
@@ -143,7 +146,16 @@ def vmem_bytes(
     sums = m * _up(weight.groups, LANES) * 4
     scratch = m * n * 4 + G * n * 4 + (m * x_columns + m * LANES * 4) * int8_tokens
     decoded = k * tile * 4 + m * tile * 8
+    if blocks.decode == "offset":  # tokens in another order, and what orders them
+        unit = lcm(registers(weight.bits), weight.group or 1)
+        width = max(unit, 512) if weight.bits == crossing.BITS else LANES
+        scratch += 10 * m * k + 8 * width**2
     return 2 * (streamed + sums) + scratch + decoded
+
+
+def tokens_stay(blocks: Blocks, weight: IntWeight) -> bool:
+    """Whether all inputs of a block of tokens are read once, not with every step."""
+    return 2 * blocks.m * weight.rows <= WHOLE_TOKENS
 
 
 def vmem_limit(

@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from qjax_kernels import crossing
 from qjax_kernels.int_matmul import decode
-from qjax_kernels.int_matmul.blocks import Blocks, registers
+from qjax_kernels.int_matmul.blocks import LANES, TOKENS, Blocks, registers
 from qjax_kernels.int_matmul.reference import quantize_tokens
 from qjax_kernels.int_matmul.weight import IntWeight
 
@@ -36,6 +37,7 @@ class Plan:
     int8_tokens: bool
     contract: Any
     scaled_in: Any = jnp.float32
+    whole_tokens: bool = False
 
     @classmethod
     def of(
@@ -45,6 +47,7 @@ class Plan:
         int8_tokens: bool,
         contract: Any,
         scaled_in: Any = jnp.float32,
+        whole_tokens: bool = False,
     ) -> "Plan":
         """The plan for a weight.
 
@@ -54,6 +57,7 @@ class Plan:
           int8_tokens: whether tokens are coded.
           contract: the dtype that the matrix unit takes.
           scaled_in: the dtype in which scales multiply weights, where they do.
+          whole_tokens: whether a block of tokens has all inputs, not those of a step.
         """
         group = min(weight.group or weight.rows, weight.rows)
         return cls(
@@ -66,6 +70,7 @@ class Plan:
             int8_tokens=int8_tokens,
             contract=contract,
             scaled_in=scaled_in,
+            whole_tokens=whole_tokens,
         )
 
     @property
@@ -87,9 +92,27 @@ class Plan:
         return self.groups == 1
 
     @property
+    def moving(self) -> bool:
+        """Whether tokens take the order in which codes are decoded."""
+        return self.blocks.decode == "offset"
+
+    @property
+    def summing(self) -> bool:
+        """Whether sums of tokens over groups come with their new order."""
+        lanes = self.group % LANES == 0 and self.bits != crossing.BITS
+        return self.moving and lanes and not self.late
+
+    @property
     def sums(self) -> bool:
-        """Whether the sums of `x` over groups are needed."""
-        return self.zeros or self.blocks.decode == "offset"
+        """Whether the sums of `x` over groups are needed beforehand."""
+        return (self.zeros or self.moving) and not self.summing
+
+    @property
+    def moves(self) -> np.ndarray:
+        """What puts tokens into the order of decoded codes, and beside it what sums."""
+        moves = decode.moves(self.bits, self.chunk, self.blocks.k)
+        ones = np.ones((moves.shape[0], LANES), bool)
+        return np.concatenate([moves, ones], 1) if self.summing else moves
 
     @property
     def bias(self) -> int:
@@ -113,6 +136,10 @@ class Refs:
     x_codes: Any
     x_scale: Any
     lanes: Any = None
+    moves: Any = None
+    moved: Any = None
+    moved_sums: Any = None
+    away: Any = None
 
     @classmethod
     def of(cls, refs: tuple[Any, ...], plan: Plan) -> "Refs":
@@ -124,13 +151,17 @@ class Refs:
 
         x, codes, scale, zero = take(), take(), take(), take(plan.zeros)
         given = take(plan.sums and not plan.int8_tokens)
+        moves = take(plan.moving)
         out, total, wide = take(), take(), take()
         x_codes, x_scale = take(plan.int8_tokens), take(plan.int8_tokens)
         made = take(plan.sums and plan.int8_tokens)
         x_sums = given if made is None else made
         lanes = take(plan.bits == crossing.BITS)
+        order = lanes, moves, take(plan.moving), take(plan.summing)
+        away = take(plan.summing and plan.zeros)
         tokens = x_codes, x_scale
-        return cls(x, codes, scale, zero, x_sums, out, total, wide, *tokens, lanes)
+        many = *tokens, *order, away
+        return cls(x, codes, scale, zero, x_sums, out, total, wide, *many)
 
 
 def kernel(*references: Any, plan: Plan) -> None:
@@ -144,11 +175,9 @@ def kernel(*references: Any, plan: Plan) -> None:
 
     @pl.when(step == 0)
     def _start():
-        refs.wide[...] = refs.scale[...].astype(jnp.float32)
-        refs.total[...] = offset(refs, plan)
+        begin(refs, plan)
 
-    if refs.lanes is not None:
-        crossing.apart(refs.codes, refs.lanes)
+    arrange(refs, step, plan)
     for first in range(0, refs.out.shape[1], plan.blocks.tile):
         accumulate(refs, pl.ds(first, plan.blocks.tile), step, plan)
 
@@ -158,6 +187,26 @@ def kernel(*references: Any, plan: Plan) -> None:
         y = y * refs.wide[...] if plan.late else y
         y = y * refs.x_scale[...] if plan.int8_tokens else y
         refs.out[...] = y.astype(refs.out.dtype)
+
+
+def arrange(refs: Refs, step: Any, plan: Plan) -> None:
+    """Codes and tokens of a step as decoding wants them."""
+    if refs.lanes is not None:
+        crossing.apart(refs.codes, refs.lanes)
+    if refs.moves is None:
+        return
+    m, width = refs.moved.shape[0], refs.moves.shape[0]
+    starts = range(0, plan.blocks.k, width)
+    parts = [_inputs(refs, step, at, at + width, plan) for at in starts]
+    if m % TOKENS == 0:  # whole registers: the permutation is taken in once
+        both = _dot(jnp.concatenate(parts), refs.moves[...])
+        parts = [both[at : at + m] for at in range(0, both.shape[0], m)]
+    else:
+        parts = [_dot(part, refs.moves[...]) for part in parts]
+    for at, part in zip(starts, parts):
+        refs.moved[:, at : at + width] = part[:, :width].astype(refs.moved.dtype)
+        if plan.summing:
+            refs.moved_sums[at // width] = part[:, width:]
 
 
 def _code_tokens(refs: Refs, plan: Plan) -> None:
@@ -182,6 +231,14 @@ def _members(step: int, plan: Plan) -> jax.Array:
     group = lax.div(inputs, jnp.int32(length))
     same = group == lax.broadcasted_iota(jnp.int32, shape, 1)
     return same.astype(jnp.float32).astype(jnp.bfloat16)
+
+
+def begin(refs: Refs, plan: Plan) -> None:
+    """What a block of outputs begins with."""
+    refs.wide[...] = refs.scale[...].astype(jnp.float32)
+    refs.total[...] = offset(refs, plan)
+    if refs.away is not None:
+        refs.away[...] = refs.zero[...].astype(jnp.float32) + plan.bias
 
 
 def offset(refs: Refs, plan: Plan) -> Any:
@@ -216,6 +273,8 @@ def accumulate(refs: Refs, columns: Any, step: Any, plan: Plan) -> None:
         else:
             for start, stop in _cut(size, plan.group):
                 y = _dot(x[:, start:stop], q[start:stop].astype(plan.contract))
+                if plan.summing:
+                    y = _unbiased(refs, y, first + start, columns, step, plan)
                 total += y * _scale(refs, first + start, columns, step, plan)
     refs.total[:, columns] = total
 
@@ -250,14 +309,42 @@ def _scaled(refs: Refs, q: Any, first: int, columns: Any, step: Any, plan: Plan)
 
 def _scale(refs: Refs, first: int, columns: Any, step: Any, plan: Plan) -> Any:
     """The row of scales of the group that starts at input `first` of this step."""
-    row = step * (plan.blocks.k // plan.group) + first // plan.group
-    return refs.wide[pl.ds(row, 1), columns]
+    return refs.wide[_group_row(first, step, plan), columns]
+
+
+def _group_row(first: int, step: Any, plan: Plan) -> Any:
+    """Which row of scales and zeros that is."""
+    return pl.ds(step * (plan.blocks.k // plan.group) + first // plan.group, 1)
 
 
 def _columns(refs: Refs, step: Any, first: int, stop: int, plan: Plan) -> Any:
     """Inputs `first` to `stop` of this step, in the dtype that is contracted."""
-    x = refs.x_codes[step, :, first:stop] if plan.int8_tokens else refs.x[:, first:stop]
+    if plan.int8_tokens:
+        x = refs.x_codes[step, :, first:stop]
+    elif plan.moving:
+        x = refs.moved[:, first:stop]
+    else:
+        x = _inputs(refs, step, first, stop, plan)
     return x.astype(plan.contract)
+
+
+def _inputs(refs: Refs, step: Any, first: int, stop: int, plan: Plan) -> Any:
+    """The same of tokens as they are given."""
+    if not plan.whole_tokens or plan.steps == 1:
+        return refs.x[:, first:stop]
+    start = pl.multiple_of(step * plan.blocks.k, plan.blocks.k)
+    return refs.x[:, pl.ds(start + first, stop - first)]
+
+
+def _unbiased(refs: Refs, y: Any, first: int, columns: Any, step: Any, plan: Plan):
+    """Products of the group from input `first` on, without bias and zero points."""
+    count = plan.group // LANES
+    at = first // LANES
+    sums = sum(refs.moved_sums[i] for i in range(at, at + count))
+    wide = jnp.concatenate([sums] * -(-y.shape[1] // LANES), 1)[:, : y.shape[1]]
+    if refs.away is None:
+        return y - wide * plan.bias
+    return y - wide * refs.away[_group_row(first, step, plan), columns]
 
 
 def _dot(x: Any, w: Any) -> Any:

@@ -5,9 +5,9 @@ A register of 32-bit words has 8 sublanes; reinterpreted as `b`-bit integers it 
 words are packed along K. Nothing is shuffled.
 """
 
+from math import lcm
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
@@ -17,7 +17,7 @@ from qjax_kernels.coded import WORD
 
 NARROW = {2: jnp.int2, 4: jnp.int4}
 BFLOAT16_128 = 0x43004300  # a pair of 128.0, whose mantissas take codes of up to 7 bits
-BIAS = 128
+BIAS, LANES = 128, 128
 
 
 def native(codes_ref: Any, first: int, size: int, columns: Any, bits: int) -> Any:
@@ -34,37 +34,52 @@ def native(codes_ref: Any, first: int, size: int, columns: Any, bits: int) -> An
 
 
 def offset(codes_ref: Any, first: int, size: int, columns: Any, bits: int) -> Any:
-    """`128 + u` of unsigned codes `u` in bfloat16, inputs in the order of `interleave`.
+    """`128 + u` of unsigned codes `u` in bfloat16, inputs in the order of `positions`.
 
     Two fields of a word, 16 bits apart, become a pair of bfloat16 by one mask and one
     `or`; the vector unit needs no conversion.
     """
     if bits == crossing.BITS:
         words = crossing.joined(codes_ref, first, size, columns.start, columns.size)
-        shifts: Any = crossing.SHIFTS
-    else:
-        fields = WORD // bits
-        stored = codes_ref[first // fields : (first + size) // fields, columns]
-        words, shifts = [stored] * (fields // 2), range(0, WORD // 2, bits)
-    mask = jnp.uint32((2**bits - 1) * 0x10001)
-    pairs = ((word >> at) & mask for word, at in zip(words, shifts))
-    parts = [pltpu.bitcast(x | jnp.uint32(BFLOAT16_128), jnp.bfloat16) for x in pairs]
+        return jnp.concatenate(_pairs(words, crossing.SHIFTS, bits))
+    fields, length = WORD // bits, span(bits, size)
+    parts = []
+    for start in range(first, first + size, length):
+        rows = slice(start // fields, (start + length) // fields)
+        words = [codes_ref[rows, columns]] * (fields // 2)
+        parts += _pairs(words, range(0, WORD // 2, bits), bits)
     return jnp.concatenate(parts)
 
 
-def interleave(x: Any, bits: int, chunk: int) -> jax.Array:
-    """Columns of `x[M, K]` in the order in which `offset` decodes chunks of inputs."""
-    M, K = x.shape
-    order = positions(bits, chunk)
-    # A product with a permutation is exact, and far cheaper than moving single lanes.
-    moves = jnp.asarray(np.arange(chunk)[:, None] == order, x.dtype)
-    parts = x.reshape(M, K // chunk, chunk)
-    moved = jnp.einsum("mgc,cd->mgd", parts, moves, preferred_element_type=jnp.float32)
-    return moved.astype(x.dtype).reshape(M, K)
+def _pairs(words: list[Any], shifts: Any, bits: int) -> list[Any]:
+    mask = jnp.uint32((2**bits - 1) * 0x10001)
+    pairs = ((word >> at) & mask for word, at in zip(words, shifts))
+    return [pltpu.bitcast(x | jnp.uint32(BFLOAT16_128), jnp.bfloat16) for x in pairs]
+
+
+def span(bits: int, chunk: int) -> int:
+    """Inputs among which `offset` changes the order, where it decodes `chunk`."""
+    if bits == crossing.BITS or chunk % LANES:
+        return chunk
+    return LANES
+
+
+def moves(bits: int, chunk: int, k: int) -> np.ndarray:
+    """What puts columns of `x` into the order of `offset`: bool `[width, width]`.
+
+    `x[:, at : at + width] @ moves` for every `width` of the `k` inputs of a step; whole
+    lanes where these are. A product with a permutation is exact, and far cheaper than
+    moving single lanes.
+    """
+    length = span(bits, chunk)
+    one = np.arange(length)[:, None] == positions(bits, length)
+    together = lcm(length, LANES)
+    count = together // length if k % together == 0 else 1
+    return np.kron(np.eye(count, dtype=bool), one)
 
 
 def positions(bits: int, chunk: int) -> np.ndarray:
-    """Which input of a chunk each decoded row is.
+    """Which input of a span each decoded row is.
 
     Row `2s + h` of part `p` is input `s * fields + p + h * fields/2`; for 3 bits, see
     `crossing.order`.

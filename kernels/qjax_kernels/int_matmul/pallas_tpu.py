@@ -15,9 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qjax_kernels import crossing
 from qjax_kernels.compat import chip
-from qjax_kernels.int_matmul.blocks import Blocks, choose, vmem_limit
+from qjax_kernels.int_matmul.blocks import (
+    LANES,
+    Blocks,
+    choose,
+    tokens_stay,
+    vmem_limit,
+)
 from qjax_kernels.int_matmul.body import Plan, kernel
-from qjax_kernels.int_matmul.decode import interleave
 from qjax_kernels.int_matmul.weight import IntWeight
 
 
@@ -70,7 +75,8 @@ def int_matmul(
         raise ValueError('Blocks.scale_on is "weights"; int8 products need "sums"')
     # v5 has no bfloat16 arithmetic.
     scaled_in = jnp.bfloat16 if chip(generation).generation > 5 else jnp.float32
-    plan = Plan.of(weight, blocks, int8_tokens, contract, scaled_in)
+    whole = int8_tokens or tokens_stay(blocks, weight)
+    plan = Plan.of(weight, blocks, int8_tokens, contract, scaled_in, whole)
     operands, specs = _operands(x, weight, plan)
     tokens = "arbitrary" if int8_tokens else "parallel"
     return pl.pallas_call(
@@ -101,14 +107,12 @@ def _operands(x: Any, weight: IntWeight, plan: Plan) -> tuple[list[Any], list[An
     m, n, k, G = plan.blocks.m, plan.blocks.n, plan.blocks.k, weight.groups
     x = _pad_columns(x, weight.rows)
     given = x if plan.int8_tokens else x.astype(jnp.bfloat16)
-    if plan.blocks.decode == "offset":
-        given = interleave(given, plan.bits, plan.chunk)
     stored = k * weight.codes.shape[0] // weight.rows
     by_input = pl.BlockSpec((m, k), lambda i, j, k: (i, k))
-    whole = pl.BlockSpec((m, weight.rows), lambda i, j, k: (i, 0))
+    all_inputs = pl.BlockSpec((m, weight.rows), lambda i, j, k: (i, 0))
     per_group = pl.BlockSpec((G, n), lambda i, j, k: (0, j))
     operands = [given, weight.codes, weight.scale.astype(_scale_dtype(weight))]
-    specs = [whole if plan.int8_tokens else by_input]
+    specs = [all_inputs if plan.whole_tokens else by_input]
     specs += [pl.BlockSpec((stored, n), lambda i, j, k: (k, j)), per_group]
     if weight.zero is not None:
         zero = weight.zero
@@ -117,6 +121,9 @@ def _operands(x: Any, weight: IntWeight, plan: Plan) -> tuple[list[Any], list[An
     if plan.sums and not plan.int8_tokens:
         operands.append(group_sums(x.astype(jnp.bfloat16), weight))
         specs.append(pl.BlockSpec((m, G), lambda i, j, k: (i, 0)))
+    if plan.moving:
+        operands.append(jnp.asarray(plan.moves, jnp.bfloat16))
+        specs.append(pl.BlockSpec(plan.moves.shape, lambda i, j, k: (0, 0)))
     return operands, specs
 
 
@@ -140,6 +147,18 @@ def _scratch(weight: IntWeight, plan: Plan) -> list[Any]:
     if weight.bits == crossing.BITS:
         rows = plan.blocks.k * crossing.WORDS // crossing.CODES
         scratch.append(pltpu.VMEM(crossing.lanes_shape(rows, n), jnp.uint32))
+    return scratch + moved_scratch(plan, weight)
+
+
+def moved_scratch(plan: Plan, weight: IntWeight) -> list[Any]:
+    """Tokens of a step in another order, their sums, and zero points to take away."""
+    scratch, m, k = [], plan.blocks.m, plan.blocks.k
+    if plan.moving:
+        scratch.append(pltpu.VMEM((m, k), jnp.bfloat16))
+    if plan.summing:
+        scratch.append(pltpu.VMEM((k // LANES, m, LANES), jnp.float32))
+    if plan.summing and plan.zeros:
+        scratch.append(pltpu.VMEM((weight.groups, plan.blocks.n), jnp.float32))
     return scratch
 
 

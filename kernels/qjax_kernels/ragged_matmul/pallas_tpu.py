@@ -19,9 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 from qjax_kernels.compat import chip
 from qjax_kernels.int_matmul import blocks as int_blocks
 from qjax_kernels.int_matmul.blocks import Blocks, vmem_limit
-from qjax_kernels.int_matmul.body import Plan, Refs, accumulate, offset
-from qjax_kernels.int_matmul.decode import interleave
-from qjax_kernels.int_matmul.pallas_tpu import group_sums
+from qjax_kernels.int_matmul.body import Plan, Refs, accumulate, arrange, begin
+from qjax_kernels.int_matmul.pallas_tpu import group_sums, moved_scratch
 from qjax_kernels.int_matmul.pallas_tpu import name_of as int_name_of
 from qjax_kernels.int_matmul.reference import quantize_tokens
 from qjax_kernels.int_matmul.weight import IntWeight
@@ -85,6 +84,7 @@ def ragged_matmul(
             scratch_shapes=[
                 pltpu.VMEM((blocks.m, blocks.n), jnp.float32),
                 pltpu.VMEM((one.groups, blocks.n), jnp.float32),
+                *moved_scratch(plan, one),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((M, one.N), dtype),
@@ -148,9 +148,9 @@ def _kernel(*references: Any, plan: Plan, scaled: bool) -> None:
 
     @pl.when(step == 0)
     def _start():
-        refs.wide[...] = refs.scale[...].astype(jnp.float32)
-        refs.total[...] = offset(refs, plan)
+        begin(refs, plan)
 
+    arrange(refs, step, plan)
     for first in range(0, refs.out.shape[1], plan.blocks.tile):
         accumulate(refs, pl.ds(first, plan.blocks.tile), step, plan)
 
@@ -181,15 +181,12 @@ def _operands(
         x = x.astype(jnp.bfloat16)
     x = jnp.pad(x, ((0, 0), (0, one.rows - one.K))) if one.rows > one.K else x
     stored = k * experts.codes.shape[1] // one.rows
-    given = x
-    if plan.blocks.decode == "offset":
-        given = interleave(x, plan.bits, plan.chunk)
     half = experts.scale.dtype == jnp.float16
     scale = experts.scale.astype(jnp.float32) if half else experts.scale
     per_group = pl.BlockSpec(
         (None, one.groups, n), lambda j, v, k, block, expert, *_: (expert[v], 0, j)
     )
-    operands += [given, experts.codes, scale]
+    operands += [x, experts.codes, scale]
     specs += [
         pl.BlockSpec((m, k), lambda j, v, k, block, *_: (block[v], k)),
         pl.BlockSpec(
@@ -206,4 +203,7 @@ def _operands(
         specs.append(
             pl.BlockSpec((m, one.groups), lambda j, v, k, block, *_: (block[v], 0))
         )
+    if plan.moving:
+        operands.append(jnp.asarray(plan.moves, jnp.bfloat16))
+        specs.append(pl.BlockSpec(plan.moves.shape, lambda *_: (0, 0)))
     return operands, specs
