@@ -11,7 +11,7 @@ from qjax.ops.kernels import Choice, unfit_target
 from qjax.ops.targets import Target
 from qjax.ops.tiles import Tiled
 from qjax_kernels.element_outlier import Elements
-from qjax_kernels.element_outlier.pallas_tpu import element_outlier
+from qjax_kernels.element_outlier.pallas_tpu import element_outlier, too_large
 
 
 def elements_choice(
@@ -30,6 +30,9 @@ def elements_choice(
         why = "the outliers are not in tiles: qjax.pack(qparams), in bfloat16"
     if not why and (x.ndim != 2 or x.dtype != jnp.bfloat16):
         why = f"the kernel takes one matrix in bfloat16, not {x.dtype.name}{x.shape}"
+    if not why and isinstance(q.sparse, Tiled):
+        shape = q.layout.K, q.layout.N
+        why = too_large(Elements(q.sparse.words, shape))
     return Choice("xla", refused=why) if why else Choice("pallas", target.generation)
 
 

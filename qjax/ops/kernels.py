@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from qjax.core.coded import Coded
 from qjax.core.formats import Codebook, Int, token
 from qjax.core.qtensor import Activation, QTensor, SiteActs
+from qjax.ops.activations import contraction
 from qjax.ops.backward_kernels import backward_product, unfit_backward
 from qjax.ops.level_kernels import (
     codebook_weight,
@@ -25,6 +26,7 @@ from qjax.ops.sums import has_coded_sums, has_sums
 from qjax.ops.targets import Target
 from qjax.ops.vectors import has_products
 from qjax_kernels import crossing
+from qjax_kernels.compat import GENERATIONS, chip
 from qjax_kernels.int_matmul import IntWeight, blocks, pallas_gpu
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul
 from qjax_kernels.sparse_outlier import pallas_tpu as sparse_outlier
@@ -77,6 +79,43 @@ class Choice:
             return f"{self.implementation} {self.generation}"
         form = ", scales on sums" * self.sums + ", narrow weights" * self.narrow
         return self.implementation + form + ", code vectors first" * self.vectors
+
+    @property
+    def meets(self) -> str:
+        """In what int8 tokens meet integer weights, in words; empty where in int32."""
+        if self.narrow:
+            return "as floats"
+        if self.generation not in GENERATIONS:
+            return ""
+        native = chip(self.generation).is_matmul_supported(jnp.int8, jnp.int8)
+        return "" if native else "in bfloat16"
+
+
+def how(q: QTensor, site: int = 0, chosen: tuple[Choice, ...] = ()) -> str:
+    """In words, how the site contracts: `int4 g128 x int8 channel in int32`.
+
+    Args:
+      q: the leaf.
+      site: position among its sites.
+      chosen: how each part runs, if known: some hardware meets codes in other types.
+    """
+    activation = q.site(site).activation
+    names = " + ".join(part.format.name for part in q.parts) or "low rank"
+    branch = "" if q.left is None or not q.parts else ", low rank beside it in float"
+    branch += "" if q.sparse is None else ", outlier weights beside it"
+    if activation is None:
+        return f"{names}, float activations{branch}"
+    ways = [contraction(part.format, activation.format) for part in q.parts]
+    accumulator = {"int": "in int32", "float8": "in float8", "values": "as floats"}
+    kind = "dynamic" if activation.dynamic else "static"
+    words = [accumulator[way] for way in ways]
+    for at, choice in enumerate(chosen):
+        if ways[at] == "int" and choice.meets:
+            words[at] = choice.meets
+    into = ", ".join(sorted(set(words)))
+    kept = activation.outliers
+    beside = "" if kept is None else f", features from {kept:g} on in float"
+    return f"{names} x {activation.format.name} {kind} {into}{beside}{branch}"
 
 
 def choices(

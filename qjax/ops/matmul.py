@@ -105,23 +105,6 @@ def promoted(x: Any, q: QTensor, weight_dtype: Any) -> Any:
     return x.astype(jnp.promote_types(x.dtype, weight_dtype))
 
 
-def how(q: QTensor, site: int = 0) -> str:
-    """In words, how the site contracts: `int4 g128 x int8 channel in int32`."""
-    activation = q.site(site).activation
-    names = " + ".join(part.format.name for part in q.parts) or "low rank"
-    branch = "" if q.left is None or not q.parts else ", low rank beside it in float"
-    branch += "" if q.sparse is None else ", outlier weights beside it"
-    if activation is None:
-        return f"{names}, float activations{branch}"
-    ways = {contraction(part.format, activation.format) for part in q.parts}
-    accumulator = {"int": "in int32", "float8": "in float8", "values": "as floats"}
-    kind = "dynamic" if activation.dynamic else "static"
-    into = ", ".join(sorted(accumulator[w] for w in ways))
-    kept = activation.outliers
-    beside = "" if kept is None else f", features from {kept:g} on in float"
-    return f"{names} x {activation.format.name} {kind} {into}{beside}{branch}"
-
-
 def _matmul(
     x: Any,
     q: QTensor,

@@ -111,12 +111,14 @@ def low_bit(
     return run(eqn, call, weight, operands, site), f"low-bit: {runs_as(call, q, site)}"
 
 
-def runs_as(call: Call, q: QTensor, site: int) -> str:
-    """In words, how a site runs on a leaf's codes."""
+def runs_as(
+    call: Call, q: QTensor, site: int, chosen: tuple[ops.Choice, ...] = ()
+) -> str:
+    """In words, how a site runs on a leaf's codes, as `chosen` if that is known."""
     if call.kind == "embedding":
         return f"{q.parts[0].format.name} rows, decoded after the lookup"
     if call.kind == "ragged_dot" and ragged_contraction(q, site) == "int":
-        return ops.how(q, site)
+        return ops.how(q, site, chosen)
     if call.kind == "ragged_dot":
         activation = "float" if q.site(site).activation is None else "coded, as floats"
         return f"{q.parts[0].format.name}, activations {activation}"
@@ -127,7 +129,7 @@ def runs_as(call: Call, q: QTensor, site: int) -> str:
             "values": "kernel decoded in the operation",
         }
         return f"{q.parts[0].format.name}, {ways[conv_contraction(q, site)]}"
-    return ops.how(q, site)
+    return ops.how(q, site, chosen)
 
 
 def refusal(q: QTensor | Stacked, weight: Tracked, call: Call) -> str:

@@ -9,7 +9,7 @@ from qjax.ops.elements import elements_choice
 from qjax.ops.matmul import chosen_for, promoted, rotation_for
 from qjax.ops.ragged import ragged_chosen_for
 from qjax.ops.targets import here
-from qjax.trace.apply import low_bit
+from qjax.trace.apply import low_bit, runs_as
 from qjax.trace.contractions import Call
 from qjax.trace.program import trace
 from qjax.trace.sites import Sites, sites_of
@@ -65,16 +65,18 @@ def _explaining(
     if call.kind == "ragged_dot":
         x = promoted(x, q, weight.dtype)
         chosen = (ragged_chosen_for(x, q, site, implementation, target),)
+        runs = f"low-bit: {runs_as(call, q, site, chosen)}"
     elif call.kind == "dot":
         x = promoted(call.matrix(x), q, weight.dtype)
         chosen = chosen_for(x, q, site, implementation, target)
+        runs = f"low-bit: {runs_as(call, q, site, chosen)}"
         turning = rotation_for(x, q, site, implementation, target)
         if turning is not None:
             runs = f"{runs}, rotated by {_names((turning,))}"
         elements = elements_choice(q, x, implementation, target or here())
         if elements is not None:
             spread = "" if elements.generation else ", spread over a float matrix"
-            runs = f"{runs} by {elements.name}{spread}"
+            runs = f"{runs} by {elements.name}{spread}{_refusals((elements,))}"
     else:
         return output, f"{runs}; xla, no pallas: there is no kernel for {call.kind}"
     return output, f"{runs}; {_names(chosen)}{_refusals(chosen)}"

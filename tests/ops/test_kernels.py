@@ -33,6 +33,8 @@ from qjax.ops.elements import elements_choice
 from qjax.ops.kernels import choices
 from qjax.results import read
 from qjax_kernels.compat import interpret_params
+from qjax_kernels.element_outlier import Elements
+from qjax_kernels.element_outlier.pallas_tpu import MOST_SLOTS, element_outlier
 
 K, N, M = 256, 128, 8
 TPU = Target("tpu", "v5e")
@@ -249,11 +251,34 @@ def test_outlier_weights_run_on_a_kernel_once_they_are_in_tiles(simulated):
     assert (np.abs(difference) <= 2.0**-8 * terms).all()
     program = str(jax.make_jaxpr(lambda x: matmul(x, tiled, target=TPU))(x))
     assert "elements_128" in program
-    for leaf, by in ((tiled, "pallas v5e;"), (q, "xla, spread over a float matrix;")):
-        (found,) = qjax.explain(
-            lambda p, x: x @ p["w"], {"w": leaf}, x, target=TPU
-        ).weights
+    matrix = "xla, spread over a float matrix, no pallas: the outliers are not in tiles"
+    for leaf, by in ((tiled, "pallas v5e;"), (q, matrix)):
+        (found,) = qjax.explain(g, {"w": leaf}, x, target=TPU).weights
         assert f"outlier weights beside it by {by}" in found.runs
+
+
+def test_a_tile_full_of_outliers_is_left_to_xla():
+    """Of 128 x 128 weights in one tile, the kernel takes an eighth."""
+    draw = np.random.default_rng(0)
+    places = draw.permutation(128 * 128)[: MOST_SLOTS + 1]
+    values = jnp.asarray(draw.normal(size=places.size), jnp.bfloat16)
+    rows, cols = (jnp.asarray(part) for part in divmod(places, 128))
+    plain = replace(quantized(Int(4, group(64))), sparse=Sparse(values, rows, cols))
+    x = jax.random.normal(jax.random.key(1), (M, K), jnp.bfloat16)
+    full = qjax.pack(plain, TPU)
+    choice = elements_choice(full, x, "auto", TPU)
+    why = f"holds up to {MOST_SLOTS + 128} outliers; the kernel takes {MOST_SLOTS}"
+    assert choice is not None and choice.implementation == "xla"
+    assert why in choice.refused
+    (found,) = qjax.explain(g, {"w": full}, x, target=TPU).weights
+    assert why in found.runs
+    fewer = (part[:MOST_SLOTS] for part in (values, rows, cols))
+    choice = elements_choice(
+        qjax.pack(replace(plain, sparse=Sparse(*fewer)), TPU), x, "auto", TPU
+    )
+    assert choice is not None and choice.implementation == "pallas"
+    with pytest.raises(ValueError, match=why):
+        element_outlier(x, Elements(full.sparse.words, (K, N)), generation="v5e")
 
 
 KINDS = {
@@ -310,23 +335,45 @@ def test_explain_names_the_implementation_of_every_site():
     assert here["up"].endswith("; xla, no pallas: there is no kernel for cpu")
 
 
+def g(params, x):
+    return x @ params["w"]
+
+
+@pytest.mark.parametrize(
+    ("target", "stored", "words"),
+    [
+        (TPU, Int(4, group(64)), "in int32; pallas v5e"),
+        (Target("tpu", "v7x"), Int(4, group(64)), "in bfloat16; pallas v7x"),
+        (Target("gpu"), Int(4, group(64)), "as floats; xla, narrow weights"),
+        (Target("gpu"), Int(8), "in int32; xla"),
+        (Target("tpu"), Int(4, group(64)), "in int32; xla, scales on sums"),
+    ],
+    ids=lambda value: getattr(value, "name", str(value).split(";")[0]),
+)
+def test_explain_says_in_what_coded_tokens_meet_weights(target, stored, words):
+    q = qjax.pack({"w": quantized(stored, DYNAMIC)}, target)
+    x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
+    (site,) = qjax.explain(g, q, x, target=target).weights
+    assert f"x int8 channel dynamic {words}" in site.runs
+
+
 def test_apply_runs_the_kernel_or_says_why_not(simulated):
     params = {"up": jnp.ones((64, 128), jnp.bfloat16)}
     x = jax.random.normal(jax.random.key(0), (2, 64), jnp.bfloat16)
     q = {"up": quantized(Int(4, group(32)), K=64)}
 
-    def g(params, x):
+    def run(params, x):
         return x @ params["up"]
 
-    kernel = qjax.apply(g, implementation="pallas", target=TPU)
+    kernel = qjax.apply(run, implementation="pallas", target=TPU)
     assert "pallas_call" in str(jax.make_jaxpr(kernel)(q, x))
     np.testing.assert_allclose(
         np.asarray(kernel(q, x), np.float32),
-        np.asarray(qjax.apply(g)(q, x), np.float32),
+        np.asarray(qjax.apply(run)(q, x), np.float32),
         atol=0.25,
     )
     with pytest.raises(ValueError, match="there is no kernel for cpu"):
-        qjax.apply(g, implementation="pallas")(q, x)
+        qjax.apply(run, implementation="pallas")(q, x)
     with pytest.raises(ValueError, match="implementation is 'triton'"):
-        qjax.apply(g, implementation="triton")(q, x)
+        qjax.apply(run, implementation="triton")(q, x)
     assert params["up"].shape == q["up"].shape

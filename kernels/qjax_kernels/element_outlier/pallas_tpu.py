@@ -20,7 +20,10 @@ from qjax_kernels.element_outlier.reference import check
 
 DOWN = 8  # tiles along K in a step: the sublanes of a register of words
 TOKENS = 256
-LEAST_LIMIT = 16 * 2**20
+MIB = 2**20
+LEAST_LIMIT = 16 * MIB
+MOST_SLOTS = 2048
+"""Entries of the fullest tile: more are more code than a compiler takes in seconds."""
 
 
 def element_outlier(
@@ -44,10 +47,14 @@ def element_outlier(
       `[M, N]`.
 
     Raises:
-      ValueError: `x` has another number of columns, or the generation is unknown.
+      ValueError: `x` has another number of columns, the generation is unknown, or a
+        tile holds too many entries.
     """
     check(x, elements)
     chip(generation)
+    problem = too_large(elements)
+    if problem:
+        raise ValueError(problem)
     M, (K, N) = x.shape[0], elements.shape
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     words = elements.words
@@ -76,6 +83,17 @@ def element_outlier(
         interpret=interpret,
         name=name_of(elements),
     )(x, words)
+
+
+def too_large(elements: Elements) -> str:
+    """That a tile holds more entries than a step has room for; empty if none does."""
+    slots = elements.words.shape[2]
+    if slots <= MOST_SLOTS:
+        return ""
+    return (
+        f"a tile of {TILE} x {TILE} weights holds up to {slots} outliers; the kernel "
+        f"takes {MOST_SLOTS}"
+    )
 
 
 def name_of(elements: Elements) -> str:
