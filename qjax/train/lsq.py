@@ -8,7 +8,8 @@ https://arxiv.org/abs/1902.08153
 
 with the gradient of `s` multiplied by `1 / sqrt(n Q_P)` (section 2.2), where `n` is the
 number of weights, or of features, that share the step. The paper has one step for each
-layer; here `granularity` says which weights share one.
+layer; here `granularity` says which weights share one. A step counts by its magnitude,
+of at least 2^-23 (`quantizers.positive`).
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from qjax.train.quantizers import (
     block_mean,
     check_bits,
     check_static_granularity,
+    positive,
     scale_gradient,
     spread_over,
 )
@@ -50,7 +52,7 @@ def learned_step(
     `members[Gk, Gn]` is how many values count for the gradient scale of each step.
     """
     low, high = ends
-    step = scale_gradient(step, 1 / np.sqrt(members * max(high, 1)))
+    step = scale_gradient(positive(step), 1 / np.sqrt(members * max(high, 1)))
     s = spread_over(step, granularity, x)
     return round_ste(clamp(x / s, np.float32(low), np.float32(high))) * s
 
@@ -103,7 +105,7 @@ class LSQ(WeightQuantizer, InputQuantizer):
 
     def weight_grid(self, w: Any, trained: Trained) -> tuple[Any, Grid]:
         """The weights on the learned steps."""
-        return w, Grid(trained["step"])
+        return w, Grid(positive(trained["step"]))
 
     def weight_estimate(self, w: Float32[Array, "... K N"], trained: Trained) -> Any:
         """`round(clip(w / s)) s`."""
@@ -120,15 +122,16 @@ class LSQ(WeightQuantizer, InputQuantizer):
         return Activation(zero, dynamic=False)
 
     def init_inputs(self, seen: Seen | None, lead: tuple[int, ...]) -> Trained:
-        """`s = 2 mean|x| / sqrt(Q_P)` of the first batches."""
+        """`s = 2 mean|x| / sqrt(Q_P)` of the first batches; 1 of zeros."""
         assert seen is not None
         mean = seen.magnitude / jnp.maximum(seen.count, 1)
-        return {"step": 2 * mean / np.float32(np.sqrt(self.ends[1]))}
+        step = 2 * mean / np.float32(np.sqrt(self.ends[1]))
+        return {"step": jnp.where(step > 0, step, 1)}
 
     def input_grid(self, trained: Trained) -> Grid:
         """The learned steps; an unsigned grid starts at 0."""
-        zero = jnp.zeros(trained["step"].shape, jnp.uint8) if self.unsigned else None
-        return Grid(trained["step"], zero)
+        step = positive(trained["step"])
+        return Grid(step, jnp.zeros(step.shape, jnp.uint8) if self.unsigned else None)
 
     def input_estimate(self, x: Float32[Array, "... K M"], trained: Trained) -> Any:
         """`round(clip(x / s)) s`."""

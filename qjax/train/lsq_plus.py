@@ -33,6 +33,7 @@ from qjax.train.quantizers import (
     block_mean,
     check_bits,
     check_static_granularity,
+    positive,
     scale_gradient,
     spread_over,
 )
@@ -76,7 +77,7 @@ class LSQPlus(WeightQuantizer, InputQuantizer):
 
     def weight_grid(self, w: Any, trained: Trained) -> tuple[Any, Grid]:
         """The weights on the learned steps."""
-        return w, Grid(trained["step"])
+        return w, Grid(positive(trained["step"]))
 
     def weight_estimate(self, w: Float32[Array, "... K N"], trained: Trained) -> Any:
         """`round(clip(w / s)) s`."""
@@ -100,7 +101,8 @@ class LSQPlus(WeightQuantizer, InputQuantizer):
 
     def input_grid(self, trained: Trained) -> Grid:
         """The learned steps; the zero point is `-offset / step`."""
-        return Grid(trained["step"], -trained["offset"] / trained["step"])
+        step = positive(trained["step"])
+        return Grid(step, -trained["offset"] / step)
 
     def input_estimate(self, x: Float32[Array, "... K M"], trained: Trained) -> Any:
         """`round(clip((x - b) / s)) s + b`."""

@@ -6,7 +6,8 @@ https://arxiv.org/abs/1805.06085
 
 with `dy_hat/dalpha = 1` where `x >= alpha`, else 0 (eq. 3), and `dy_hat/dx = 1` between
 0 and alpha. The paper adds `lambda alpha^2` to the loss, with the weights' own decay:
-decay `qstate.trained` likewise. It takes DoReFa for the weights.
+decay `qstate.trained` likewise. It takes DoReFa for the weights. A level that training
+drives below zero counts by its magnitude (`quantizers.positive`).
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from qjax.core.formats import Int, tensor
 from qjax.core.qtensor import Activation
 from qjax.core.scales import Grid
 from qjax.methods.base import within
-from qjax.train.quantizers import InputQuantizer, Seen, Trained, check_bits
+from qjax.train.quantizers import InputQuantizer, Seen, Trained, check_bits, positive
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class PACT(InputQuantizer):
 
     def input_grid(self, trained: Trained) -> Grid:
         """Levels from 0, or `-alpha`, to `alpha`."""
-        alpha = trained["alpha"]
+        alpha = positive(trained["alpha"])
         if self.signed:
             return Grid(alpha / np.float32(2 ** (self.bits - 1) - 1))
         zero = jnp.zeros(alpha.shape, jnp.uint8)
@@ -69,6 +70,6 @@ class PACT(InputQuantizer):
 
     def input_estimate(self, x: Float32[Array, "... K M"], trained: Trained) -> Any:
         """`clip(x, 0, alpha)`."""
-        alpha = trained["alpha"]
+        alpha = positive(trained["alpha"])
         low = -alpha if self.signed else jnp.zeros_like(alpha)
         return jnp.where(x < low, low, jnp.where(x >= alpha, alpha, x))

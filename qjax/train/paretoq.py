@@ -12,7 +12,8 @@ are +-1/4 and +-3/4 of alpha and none is zero, and `n = 3/2, z = 0` at 1.58 bits
 w/alpha`, outside 0 and the last level. At 1 bit they are `1[|w| <= alpha]` and
 `sign(w)`. The gradient of alpha has LSQ's factor, of the weights that share it. The
 start is `mean|w|` at 1 bit, `max|w|` at 1.58 and 2, and `max|w| / Q_P` above, as in the
-reference implementation.
+reference implementation. That takes `max(alpha, 1e-5)`, passing the gradient on; here
+alpha counts by its magnitude, of at least 2^-23 (`quantizers.positive`).
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from qjax.train.quantizers import (
     Trained,
     WeightQuantizer,
     block_mean,
+    positive,
     scale_gradient,
     spread_over,
 )
@@ -86,7 +88,7 @@ class ParetoQ(WeightQuantizer):
 
     def weight_grid(self, w: Any, trained: Trained) -> tuple[Any, Grid]:
         """The weights on the learned scales."""
-        alpha = trained["alpha"]
+        alpha = positive(trained["alpha"])
         if self.bits == 1.58:
             return w, Grid(alpha / np.float32(1.5))
         if self.bits == 2:
@@ -100,7 +102,7 @@ class ParetoQ(WeightQuantizer):
         if self.bits > 2:
             ends = (-self._most - 1, self._most)
             return learned_step(w, alpha, self.granularity, ends, members)
-        alpha = scale_gradient(alpha, 1 / np.sqrt(members * self._most))
+        alpha = scale_gradient(positive(alpha), 1 / np.sqrt(members * self._most))
         alpha = spread_over(alpha, self.granularity, w)
         if self.bits == 1:
             held = jax.lax.stop_gradient(alpha)

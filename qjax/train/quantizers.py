@@ -26,6 +26,7 @@ from qjax.ops.activations import code_input
 
 Trained = dict[str, Any]
 """What a method learns for one leaf or one site, by name."""
+LEAST_STEP = np.finfo(np.float32).eps
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +186,17 @@ def fake_input(
 def scale_gradient(x: Float[Array, "..."], factor: Any) -> Float[Array, "..."]:
     """`x`, with its gradient multiplied by a factor."""
     return straight_through(x * jnp.asarray(factor, x.dtype), x)
+
+
+def positive(step: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """`max(|step|, 2^-23)`: a learned step may be zero, or be driven below it.
+
+    Brevitas takes the magnitude, whose gradient at zero it sets to 1
+    (`abs_binary_sign_grad`), PyTorch's `_LearnableFakeQuantize` the same floor, which
+    passes the gradient on: a step that starts at zero, of weights that do, is trained.
+    """
+    size = jnp.where(step < 0, -step, step)
+    return straight_through(size, jnp.maximum(size, LEAST_STEP))
 
 
 def spread_over(values: Any, granularity: Granularity, w: Any) -> Any:
