@@ -29,8 +29,9 @@ def load_quantized(
 
     A float leaf is read, quantized and dropped before the next one is read, so that
     memory peaks at the quantized model and one leaf: one layer's matrix, or, with
-    `scan_layers=True`, one stack of all layers. Leaves that the recipe does not take
-    (the embedding, norms, by default the head) are read as they are.
+    `scan_layers=True`, one stack of all layers. In NVFP4 it is the leaves of one input
+    in place of one leaf, as they share their second scale. Leaves that the recipe does
+    not take (the embedding, norms, by default the head) are read as they are.
 
     Args:
       path_or_id: a folder with `config.json` and safetensors, or the id of a

@@ -12,6 +12,7 @@ from qjax.core.qtensor import is_quantized
 from qjax.recipes import Candidate, assign
 from qjax.solving import Job
 from qjax.trace.sites import Site, Sites
+from qjax.trace.stream import numbered_block
 
 
 def plan(steps: Sequence[Any], found: Sites, leaves: dict[str, Any]) -> list[Job]:
@@ -100,7 +101,21 @@ def _job(
         tuple(leaf.shape),
         leaf.dtype,
         assigned,
+        _inputs(names, uses, main),
     )
+
+
+def _inputs(
+    names: tuple[str, ...], uses: Sequence[Site], main: Site
+) -> tuple[Any, ...]:
+    """For each name a key of its first input; the same for sites of one block."""
+    keys: dict[str, Any] = {}
+    for use in uses:
+        if use.kind == main.kind:
+            for number, name in enumerate(use.names):
+                key = use.kind, use.input, number, numbered_block(name)
+                keys.setdefault(name, key)
+    return tuple(keys.get(name, name) for name in names)
 
 
 def main_use(uses: Sequence[Site]) -> Site:

@@ -48,6 +48,10 @@ def quantize(
 ) -> Any:
     """`params` with the recipe's leaves quantized; the tree's paths stay as they are.
 
+    Leaves that one step takes, and that read one activation in one block of layers,
+    share the second scale of NVFP4; which of them a server runs as one linear is not
+    asked.
+
     Args:
       f: `f(params, *inputs)`.
       params: a pytree; leaves may be `LazyLeaf`, read one at a time.

@@ -1,22 +1,20 @@
 """The sites of one point, solved in one compiled program.
 
 Sites that share an input share its statistics, and whatever their method makes of them;
-where the columns of `w[K, N]` are independent, the sites are solved side by side.
+where the columns of `w[K, N]` are independent, the sites are solved side by side, with
+one second scale in formats that have one.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from qjax.core.coded import Coded, pack_codes
 from qjax.core.histogram import Histogram
 from qjax.core.ranges import calibrator_of
-from qjax.core.scales import Grid
 from qjax.core.statistics import (
     Hessian,
     MovingRange,
@@ -26,7 +24,7 @@ from qjax.core.statistics import (
 )
 from qjax.methods.base import Solution, solution_of
 from qjax.placement import NOWHERE, Placement
-from qjax.solving import Solved, site_key, weight_error
+from qjax.solving import Solved, site_key, solved_as_one, weight_error
 from qjax.trace.rows import Seen, finalized
 
 # Reported errors are those of at most about so many outputs, evenly spaced: all of them
@@ -230,12 +228,9 @@ def _solve_matrices(
     keys: Sequence[Any],
 ) -> list[tuple[Solved, dict[str, Any]]]:
     stats = named(method, found)
-    shared = getattr(method, "shared", False) and not method.random and len(ws) > 1
-    if shared:
-        whole = _one(method, jnp.concatenate(ws, axis=-1), stats, None)
-        ends = list(accumulate(w.shape[-1] for w in ws))
-        pairs = zip([0, *ends], ends)
-        solutions = [columns(whole, start, stop) for start, stop in pairs]
+    if len(ws) > 1 and solved_as_one(method):
+        whole = _one(method, jnp.concatenate(ws, axis=-1), stats, keys[0])
+        solutions = whole.split([w.shape[-1] for w in ws])
     else:
         solutions = [_one(method, w, stats, k) for w, k in zip(ws, keys)]
     return [
@@ -253,31 +248,6 @@ def named(step: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """The statistics under the names that a step gives them."""
     asked = getattr(step, "statistics", {})
     return {name: found[repr(statistic)] for name, statistic in asked.items()}
-
-
-def columns(solution: Solution, start: int, stop: int) -> Solution:
-    """Some of the outputs of a solution whose columns are independent."""
-
-    def cut(part: Coded) -> Coded:
-        grid = part.grid()
-        own = Grid(
-            grid.scale[..., start:stop] if grid.scale.shape[-1] > 1 else grid.scale,
-            None if grid.zero is None else grid.zero[..., start:stop],
-            grid.codebook,
-            grid.global_scale,
-        )
-        codes = part.unpack()[..., start:stop]
-        return pack_codes(codes, own, part.format, codes.shape[-2:])
-
-    def last(x: Any) -> Any:
-        return None if x is None else x[..., start:stop]
-
-    return replace(
-        solution,
-        parts=tuple(cut(part) for part in solution.parts),
-        right=last(solution.right),
-        bias=last(solution.bias),
-    )
 
 
 def _finished(

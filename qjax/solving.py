@@ -2,7 +2,9 @@
 
 Leaves come as slices `w[K, N]` (one per layer and expert). Slices of one shape, dtype
 and method are solved in chunks of one size, so that each shape compiles once and
-scanned and unrolled models run the same program on the same numbers.
+scanned and unrolled models run the same program on the same numbers. In formats with a
+second scale, slices with one input are solved side by side, and share it: servers run
+them as one linear with one such scale.
 """
 
 import time
@@ -10,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from math import ceil, prod
 from typing import Any
 
@@ -21,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from qjax.core.layout import Layout
 from qjax.core.pytrees import register
 from qjax.core.qtensor import QTensor, SiteActs
+from qjax.core.sweep import second_scale
 from qjax.core.transforms import chained
 from qjax.methods.base import Solution, solution_of
 
@@ -40,6 +44,8 @@ class Job:
       shape: the leaf's own shape.
       dtype: the leaf's dtype.
       steps: for each name, the number of the method that takes it; None leaves it.
+      inputs: for each name, a key of the activation that it meets. Sites of equal keys
+        have one input.
     """
 
     path: str
@@ -49,6 +55,7 @@ class Job:
     shape: tuple[int, ...]
     dtype: Any
     steps: tuple[int | None, ...]
+    inputs: tuple[Any, ...]
 
     @property
     def slices(self) -> int:
@@ -82,8 +89,8 @@ class Job:
         """Number of weights to be solved."""
         return len(self.wanted()) * self.layout.K * self.layout.N
 
-    def matrices(self, step: int) -> Iterator[tuple[int, Float[Array, "K N"]]]:
-        """The slices that a step takes, numbered, one after the other.
+    def matrices(self, numbers: Sequence[int]) -> Iterator[Float[Array, "K N"]]:
+        """The slices of these numbers, one after the other.
 
         Raises:
             ValueError: naming the leaf (and layer) with NaN or Inf, and how many.
@@ -91,12 +98,12 @@ class Job:
         matrix = self.layout.to_matrix(jnp.asarray(self.read()))
         if matrix.ndim == 2:
             self._check(_non_finite(matrix)[None])
-            yield 0, matrix
+            yield matrix
             return
         matrix = matrix.reshape(-1, *matrix.shape[-2:])
         self._check(_non_finite(matrix))
-        for i in self.wanted(step):
-            yield i, matrix[i]
+        for i in numbers:
+            yield matrix[i]
 
     def _check(self, bad: Int[Array, "slices"]) -> None:
         counts = np.asarray(bad).reshape(len(self.names), -1).sum(-1)
@@ -106,6 +113,11 @@ class Job:
                 f"{self.names[worst]} holds {counts[worst]} NaN or Inf of "
                 f"{prod(self.shape) // len(self.names)} values; quantize finite weights"
             )
+
+    def input(self, number: int) -> Any:
+        """What slices have in common that may be solved side by side."""
+        layer, expert = divmod(number, self.per_name)
+        return self.inputs[layer], expert, self.layout.K, jnp.dtype(self.dtype)
 
     def key(self, key: Any, number: int) -> Any:
         """A key of the slice's own, the same in scanned and unrolled models."""
@@ -189,13 +201,31 @@ def _non_finite(w: Float[Array, "... K N"]) -> Int[Array, "..."]:
     return jnp.sum(~jnp.isfinite(w), axis=(-2, -1))
 
 
+def solved_as_one(method: Any) -> bool:
+    """Whether matrices with one input are solved side by side.
+
+    A method that draws random numbers draws them for each matrix alone, where no second
+    scale is shared.
+    """
+    drawn = method.random and not second_scale(method.format)
+    return getattr(method, "shared", False) and not drawn
+
+
 @partial(jax.jit, static_argnums=0)
-def solve_chunk(method: Any, slices: Sequence[Any], keys: Any) -> tuple[Any, Any, Any]:
-    """What was solved `[chunk, ...]`, squared error and norm of each slice."""
-    w = jnp.stack(slices)
+def solve_chunk(
+    method: Any, rows: Sequence[Sequence[Any]], keys: Any
+) -> list[tuple[Any, Any, Any]]:
+    """What was solved `[chunk, ...]`, squared error and norm of each slice.
+
+    One of the three for each of the slices that stand side by side in every row.
+    """
+    ws = [jnp.stack(slices) for slices in zip(*rows)]
+    w = jnp.concatenate(ws, axis=-1)
     found = jax.vmap(method.solve)(w, keys) if method.random else method.solve(w)
-    solution = solution_of(found)
-    return Solved(solution), *weight_error(w, solution)
+    solutions = [solution_of(found)]
+    if len(ws) > 1:
+        solutions = solutions[0].split([w.shape[-1] for w in ws])
+    return [(Solved(s), *weight_error(w, s)) for w, s in zip(ws, solutions)]
 
 
 def weight_error(w: Float[Array, "... K N"], solution: Solution) -> Any:
@@ -232,62 +262,96 @@ def solve_all(
       advance: called with the number of weights solved.
     """
     unfinished: dict[str, Pieces] = {job.path: {} for job in jobs}
-    for step, group in _groups(jobs):
-        layout = group[0].layout
-        total = sum(len(job.wanted(step)) for job in group)
-        size = chunk_size(total, layout.K, layout.N, batch_bytes)
-        for chunk in _chunks(group, step, size):
-            owners = [(job, number) for job, number, _ in chunk]
-            for (job, number), piece in zip(
-                owners, _solve(methods[step], chunk, size, key)
-            ):
-                unfinished[job.path][number] = piece
-                advance(layout.K * layout.N)
+    for step, group in _groups(jobs, methods):
+        K, widths = group[0].jobs[0].layout.K, [j.layout.N for j in group[0].jobs]
+        total = sum(len(bundle.rows) for bundle in group)
+        size = chunk_size(total, K, sum(widths), batch_bytes)
+        for chunk in _chunks(group, size):
+            owners = [members for members, _ in chunk]
+            pieces = _solve(methods[step], chunk, size, key)
             del chunk
-            for job in dict.fromkeys(job for job, _ in owners):
+            for (job, number), piece in zip(chain(*owners), chain(*pieces)):
+                unfinished[job.path][number] = piece
+                advance(K * job.layout.N)
+            for job in dict.fromkeys(job for job, _ in chain(*owners)):
                 if len(unfinished[job.path]) == len(job.wanted()):
                     yield job, unfinished.pop(job.path)
 
 
-Chunk = list[tuple[Job, int, Any]]
+Owners = tuple[tuple[Job, int], ...]
+Chunk = list[tuple[Owners, tuple[Any, ...]]]
 
 
-def _groups(jobs: Sequence[Job]) -> Iterator[tuple[int, list[Job]]]:
-    """Jobs that share shape, dtype and method, by method number."""
-    groups: dict[Any, list[Job]] = {}
+@dataclass(frozen=True)
+class Bundle:
+    """Slices to be solved: in every row one of each job, side by side."""
+
+    jobs: tuple[Job, ...]
+    rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """Sizes and dtype of the slices of a row."""
+        each = ((job.layout, jnp.dtype(job.dtype)) for job in self.jobs)
+        return tuple((layout.K, layout.N, dtype) for layout, dtype in each)
+
+
+def _bundles(jobs: Sequence[Job], step: int, method: Any) -> list[Bundle]:
+    """The slices that a step takes; side by side where they share a second scale."""
+    joined = second_scale(method.format) and solved_as_one(method)
+    rows: dict[Any, list[tuple[Job, int]]] = {}
     for job in jobs:
-        for step in sorted({s for s in job.steps if s is not None}):
-            group = step, job.layout.K, job.layout.N, jnp.dtype(job.dtype)
-            groups.setdefault(group, []).append(job)
-    for (step, *_), group in groups.items():
+        for number in job.wanted(step):
+            row = job.input(number) if joined else (job.path, number)
+            rows.setdefault(row, []).append((job, number))
+    bundles: dict[tuple[Job, ...], list[tuple[int, ...]]] = {}
+    for row in rows.values():
+        owners, numbers = zip(*row)
+        bundles.setdefault(owners, []).append(numbers)
+    return [Bundle(owners, tuple(each)) for owners, each in bundles.items()]
+
+
+def _groups(
+    jobs: Sequence[Job], methods: Sequence[Any]
+) -> Iterator[tuple[int, list[Bundle]]]:
+    """Slices that share shape, dtype and method, by method number."""
+    groups: dict[Any, list[Bundle]] = {}
+    for step in sorted({s for job in jobs for s in job.steps if s is not None}):
+        for bundle in _bundles(jobs, step, methods[step]):
+            groups.setdefault((step, bundle.shapes), []).append(bundle)
+    for (step, _), group in groups.items():
         yield step, group
 
 
-def _chunks(jobs: Sequence[Job], step: int, size: int) -> Iterator[Chunk]:
+def _chunks(bundles: Sequence[Bundle], size: int) -> Iterator[Chunk]:
     chunk: Chunk = []
-    for job in jobs:
-        for number, w in job.matrices(step):
-            chunk.append((job, number, w))
-            del w  # or the leaf would live on while the next one is read
+    for bundle in bundles:
+        taken = zip(bundle.jobs, zip(*bundle.rows))
+        readers = [job.matrices(numbers) for job, numbers in taken]
+        for row in bundle.rows:
+            ws = tuple(next(reader) for reader in readers)
+            chunk.append((tuple(zip(bundle.jobs, row)), ws))
+            del ws  # or the leaf would live on while the next one is read
             if len(chunk) == size:
                 yield chunk
                 chunk = []
+        del readers
     if chunk:
         yield chunk
 
 
-def _solve(method: Any, chunk: Chunk, size: int, key: Any) -> list[Piece]:
-    """Solve a chunk; a short one is filled up with its last slice, not recompiled."""
+def _solve(method: Any, chunk: Chunk, size: int, key: Any) -> list[tuple[Piece, ...]]:
+    """Solve a chunk; a short one is filled up with its last row, not recompiled."""
     start = time.perf_counter()
     filled = chunk + chunk[-1:] * (size - len(chunk))
     keys = None
     if method.random:
-        keys = jnp.stack([job.key(key, number) for job, number, _ in filled])
-    solved, error, norm = solve_chunk(method, tuple(w for *_, w in filled), keys)
-    error, norm = np.asarray(error), np.asarray(norm)
-    seconds = (time.perf_counter() - start) / len(chunk)
+        keys = jnp.stack([job.key(key, number) for ((job, number), *_), _ in filled])
+    solved = solve_chunk(method, tuple(ws for _, ws in filled), keys)
+    found = [(s, np.asarray(error), np.asarray(norm)) for s, error, norm in solved]
+    seconds = (time.perf_counter() - start) / (len(chunk) * len(found))
     return [
-        Piece(solved, i, seconds, float(error[i]), float(norm[i]))
+        tuple(Piece(s, i, seconds, float(e[i]), float(n[i])) for s, e, n in found)
         for i in range(len(chunk))
     ]
 

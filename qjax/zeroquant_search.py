@@ -114,7 +114,8 @@ def errors_and_bits(
     job: Job, candidates: Sequence[ZeroQuant], seen: Mapping[str, Any]
 ) -> dict[str, tuple[list[float], list[float]]]:
     """By name, the relative error and the bits per weight of every candidate."""
-    matrices = dict(job.matrices(0))
+    taken = job.wanted(0)
+    matrices = dict(zip(taken, job.matrices(taken)))
     found = {}
     for layer, name in enumerate(job.names):
         if job.steps[layer] is None:

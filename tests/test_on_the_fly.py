@@ -35,6 +35,7 @@ def bits(tree):
         (RTN("W8A16"), True),
         (RTN("NF4"), True),
         (RTN("FP8_DYNAMIC", ignore="layers/0/mlp"), False),
+        (RTN("NVFP4A16"), False),
     ],
 )
 def test_equals_quantizing_the_loaded_model(recipe, scan_layers):

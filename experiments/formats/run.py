@@ -1,7 +1,7 @@
 """Checkpoints in and out: what other libraries make of ours, and we of theirs.
 
     python experiments/formats/run.py export WORK [MODEL ...] [ROW ...]
-    python experiments/formats/run.py collect WORK
+    python experiments/formats/run.py collect WORK [ROW ...]
 
 `export` writes the bundled model and a random one of every architecture in every scheme
 into `WORK/ours`, each with the logits of `qjax.apply`; what is there stays. Between the
@@ -37,7 +37,7 @@ from qjax.core.qtensor import is_quantized
 from qjax.io.huggingface import read_config
 from qjax.io.named import named_leaves
 from qjax.ops import matmul
-from qjax.results import Record, append, environment
+from qjax.results import Record, append, environment, read
 
 RESULTS = Path(__file__).parent / "results"
 SEEN, COMPARED = 8, 4  # tokens in a row, rows, of which logits are compared
@@ -150,15 +150,14 @@ def record(label: str, reports: dict[str, Any]) -> Record:
     return Record(label, {"readers": sorted(reports)}, metrics, context)
 
 
-def summary(format: str, found: list[dict[str, Any]]) -> Record:
+def summary(format: str, found: list[Record]) -> Record:
     """A format in one line: how many schemes were opened, and the largest medians."""
     metrics: dict[str, Any] = {"schemes": len(found)}
     for way in ("out", "in"):
-        each = [
-            [v for k, v in reports.items() if k.startswith(f"{way}_")]
-            for reports in found
+        read = [
+            [v for k, v in each.metrics.items() if k.startswith(f"{way}_")]
+            for each in found
         ]
-        read = [[v["difference"] for v in x if "difference" in v] for x in each]
         metrics[f"{way}_opened"] = sum(bool(x) for x in read)
         if any(read):
             metrics[f"{way}_largest_difference"] = max(max(x) for x in read if x)
@@ -226,33 +225,53 @@ def _linears(folder: Path, held: dict[str, np.ndarray]) -> dict[str, Any]:
     return {"difference": max(each), "linears": len(each)}
 
 
-def collect(work: Path) -> None:
-    """Load theirs and write the tables' lines."""
-    for file in RESULTS.glob("*.jsonl"):
-        file.unlink()
-    formats: dict[str, list[dict[str, Any]]] = {}
-    for row in ROWS:
-        out = work / "ours" / "bundled" / row.folder
-        reports = {f"out_{k}": v for k, v in differences(out).items()}
-        for case in row.theirs:
-            if (work / "theirs" / case / "logits.npz").exists():
-                peer, _, rest = case.partition("-")
-                again = f"in_{peer}" in reports
-                name = f"in_{peer}_{rest}" if again else f"in_{peer}"
-                reports[name] = loaded(work / "theirs" / case)
-        formats.setdefault(row.format, []).append(reports)
-        append(RESULTS / "matrix.jsonl", record(row.label, reports))
-        print(row.label, reports, flush=True)
-    for row in ROWS:
-        append(RESULTS / "architectures.jsonl", record(row.label, opened(work, row)))
-        for name, reports in (
-            ("fused", fused(work, row)),
-            ("linears", linears(work, row)),
-        ):
-            if reports:
-                append(RESULTS / f"{name}.jsonl", record(row.label, reports))
-    for format, found in formats.items():
-        append(RESULTS / "formats.jsonl", summary(format, found))
+def by_peer(work: Path, row: Row) -> dict[str, Any]:
+    """What readers made of the bundled model, and we of theirs."""
+    out = work / "ours" / "bundled" / row.folder
+    reports = {f"out_{k}": v for k, v in differences(out).items()}
+    for case in row.theirs:
+        if (work / "theirs" / case / "logits.npz").exists():
+            peer, _, rest = case.partition("-")
+            again = f"in_{peer}" in reports
+            name = f"in_{peer}_{rest}" if again else f"in_{peer}"
+            reports[name] = loaded(work / "theirs" / case)
+    return reports
+
+
+TABLES = {
+    "matrix": by_peer,
+    "architectures": opened,
+    "fused": fused,
+    "linears": linears,
+}
+WHOLE = ("matrix", "architectures")  # have a line for every row
+
+
+def collect(work: Path, *only: str) -> None:
+    """Load theirs and write the tables' lines: of all rows, or of those named."""
+    rows = [row for row in ROWS if row.folder in only] or ROWS
+    lines: dict[str, list[Record]] = {}
+    for name, table in TABLES.items():
+        file, found = RESULTS / f"{name}.jsonl", {}
+        if rows != ROWS:
+            found = {each.label: each for each in read(file)}
+        for row in rows:
+            found.pop(row.label, None)
+            reports = table(work, row)
+            if reports or name in WHOLE:
+                found[row.label] = record(row.label, reports)
+                print(name, row.label, reports, flush=True)
+        lines[name] = [found[row.label] for row in ROWS if row.label in found]
+    formats = dict.fromkeys(row.format for row in ROWS)
+    held = {each.label: each for each in lines["matrix"]}
+    lines["formats"] = [
+        summary(each, [held[row.label] for row in ROWS if row.format == each])
+        for each in formats
+    ]
+    for name, records in lines.items():
+        (RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
+        for each in records:
+            append(RESULTS / f"{name}.jsonl", each)
 
 
 if __name__ == "__main__":

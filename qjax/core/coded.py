@@ -92,6 +92,18 @@ class Coded:
             zero = _unpack_zero(zero, self.format.bits, blocks)
         return Grid(scale, zero, self.codebook, self.global_scale)
 
+    def columns(self, start: int, stop: int) -> "Coded":
+        """Some of the outputs, of a format in which each has scales of its own."""
+        grid = self.grid()
+        own = Grid(
+            grid.scale[..., start:stop] if grid.scale.shape[-1] > 1 else grid.scale,
+            None if grid.zero is None else grid.zero[..., start:stop],
+            grid.codebook,
+            grid.global_scale,
+        )
+        codes = self.unpack()[..., start:stop]
+        return pack_codes(codes, own, self.format, codes.shape[-2:])
+
     def decode(self, dtype: Any = jnp.float32) -> Float[Array, "... K N"]:
         """The weights, computed in float32 and rounded once to `dtype`."""
         return self.format.from_codes(self.unpack(), self.grid()).astype(dtype)

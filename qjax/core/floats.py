@@ -207,6 +207,10 @@ class NVFP4:
     `w = e2m1 * scale / global_scale` with one `global_scale = 448 * 6 / max|w|` for
     each matrix, so that the block scales fill e4m3's range whatever the magnitude of
     the weights. 4-bit codes are the elements' bit patterns.
+
+    `qjax.quantize` gives matrices that read one activation (queries, keys and values;
+    gate and up) one `global_scale`, of the largest weight of all of them: servers run
+    them as one linear, which has one.
     """
 
     @property

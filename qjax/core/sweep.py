@@ -26,10 +26,21 @@ def whole_grid(format: Format) -> bool:
     return learned or isinstance(format, (NVFP4, Additive))
 
 
-def columns_alone(format: Format) -> bool:
-    """Whether no column of the weights has a say in the codes of another."""
+def second_scale(format: Format) -> bool:
+    """Whether the scales of a matrix have a scale of their own, as NVFP4's have."""
+    return isinstance(format, NVFP4)
+
+
+def side_by_side(format: Format) -> bool:
+    """Whether matrices with one input can be solved as one.
+
+    No column of the weights then has a say in the codes of another, but through a
+    second scale, which the matrices share. That loses nothing: it only moves the first
+    scales into the range of their type.
+    """
     double = isinstance(format, Codebook) and format.double_quant is not None
-    return format.granularity.cols == 1 and not whole_grid(format) and not double
+    alone = second_scale(format) or not whole_grid(format)
+    return format.granularity.cols == 1 and alone and not double
 
 
 def settled(format: Format, dtype: Any) -> Format:

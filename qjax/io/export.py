@@ -134,21 +134,21 @@ def _write(
     dtype = None
     with ShardWriter(folder, shard_bytes) as shards:
         for named in named_leaves(module, config, qparams):
-            scheme, second = None, None
+            scheme, second, inputs = None, None, None
             if isinstance(named.leaf, QTensor):
                 matrix = _matrix(named, format)
                 tensors, scheme = writer.write(matrix)
                 dtype = dtype or matrix.dtype
                 schemes[_kind(matrix)] += 1
-                second = matrix.part.global_scale
+                second = _number(matrix.part.global_scale)
+                inputs = _number(matrix.acts.global_scale)
                 for last, array in tensors.items():
                     shards.add(f"{named.module}.{last}", array)
             else:
                 shards.add(named.name, named.array())
             if named.linear or (named.conv1d and _takes_conv1d(format)):
                 linears.append(Linear(named.module, named.path, scheme))
-                second = None if second is None else float(second.reshape(()))
-                stored[named.module] = Stored(scheme, second)
+                stored[named.module] = Stored(scheme, second, inputs)
     warn_of_unlike(stored)
     if getattr(config, "tied", False):
         linears.append(Linear("lm_head", "embed/embedding", None))
@@ -167,6 +167,10 @@ def _write(
         text = json.dumps(raw["quantization_config"], indent=2) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     return schemes
+
+
+def _number(scale: np.ndarray | None) -> float | None:
+    return None if scale is None else float(scale.reshape(()))
 
 
 def _matrix(named: NamedLeaf, format: str) -> Matrix:

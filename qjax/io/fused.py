@@ -1,8 +1,10 @@
 """Linears that servers run as one, and must be stored alike.
 
-vLLM joins the projections of queries, keys and values into one linear, and gate and up
-into another. It refuses members in different formats; of NVFP4's second scales, one for
-each matrix, it keeps the largest for all of them, which is wrong unless all are equal.
+vLLM joins the projections of queries, keys and values into one linear, and gate and up,
+those of an expert too, into another. It refuses members in different formats; of
+NVFP4's second scales, one for each matrix and one for its input, it keeps one for all,
+which is wrong unless all are equal. Matrices with one input that are quantized together
+are (`qjax/solving.py`); what was imported, trained or put together may not be.
 """
 
 import warnings
@@ -12,15 +14,19 @@ from typing import Any
 
 from qjax.trace.control import QuantizationWarning
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How a linear module is stored: its scheme (None: float) and its second scale."""
+    """How a linear module is stored: its scheme (None: float), and second scales.
+
+    `global_scale` is that of the weights, `input_scale` that of static inputs.
+    """
 
     scheme: Any
     global_scale: float | None = None
+    input_scale: float | None = None
 
 
 def warn_of_unlike(stored: Mapping[str, Stored]) -> None:
@@ -30,14 +36,18 @@ def warn_of_unlike(stored: Mapping[str, Stored]) -> None:
       stored: by the modules' names.
 
     Warns:
-      QuantizationWarning: once for schemes and once for second scales, naming the first
-        modules that differ.
+      QuantizationWarning: once for schemes, once for second scales of weights and once
+        for those of inputs, naming the first modules that differ.
     """
     reasons = {
         "scheme": "in different formats: vLLM, which runs them as one, refuses that",
         "global_scale": (
             "in NVFP4 with different global scales: vLLM, which runs them as one, "
-            "takes the largest for both, so that its weights are wrong"
+            "takes one of them for both, so that its weights are wrong"
+        ),
+        "input_scale": (
+            "in NVFP4 with different global scales of their inputs: vLLM, which runs "
+            "them as one, takes the largest for both"
         ),
     }
     for field, reason in reasons.items():

@@ -1,8 +1,9 @@
 """What a method is, and the checks that all of them share."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import accumulate
 from operator import add
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,9 @@ from qjax.core.statistics import Statistic
 @runtime_checkable
 class DataFree(Protocol):
     """A method that needs the weights alone: a frozen, hashable dataclass.
+
+    One that has `shared`, as a `Calibrated` one does, and it is true, takes matrices
+    with one input side by side where the format has a second scale: they then share it.
 
     Attributes:
       targets: patterns of the sites it takes; None takes its default.
@@ -81,6 +85,22 @@ class Solution:
             total = total + self.sparse.dense(total.shape, jnp.float32)
         return total if self.t_in is None else self.t_in.left(total)
 
+    def split(self, widths: Sequence[int]) -> "list[Solution]":
+        """The solutions of matrices so wide that were solved side by side."""
+        ends = list(accumulate(widths))
+        return [self._columns(*pair) for pair in zip([0, *ends], ends)]
+
+    def _columns(self, start: int, stop: int) -> "Solution":
+        def last(x: Any) -> Any:
+            return None if x is None else x[..., start:stop]
+
+        return replace(
+            self,
+            parts=tuple(part.columns(start, stop) for part in self.parts),
+            right=last(self.right),
+            bias=last(self.bias),
+        )
+
 
 register(
     Solution,
@@ -104,7 +124,8 @@ class Calibrated(Protocol):
       full_precision: whether the statistics also see the input that the site has in
         the full-precision model (`Cross`); a second stream then runs beside.
       shared: whether the columns of `w[K, N]` are solved independently of each other,
-        so that sites with one input may be solved side by side along N.
+        but for a second scale, so that sites with one input may be solved side by side
+        along N.
     """
 
     targets: Any
@@ -137,7 +158,7 @@ class Calibrated(Protocol):
 
     @property
     def shared(self) -> bool:
-        """Whether columns are independent."""
+        """Whether columns are independent, but for a second scale."""
         ...
 
     def solve_site(

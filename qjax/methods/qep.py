@@ -24,7 +24,6 @@ from jaxtyping import Array, Float, Float32
 from qjax.core.hessian import factorize, solve
 from qjax.core.qtensor import Activation
 from qjax.core.statistics import Cross, Hessian, Statistic
-from qjax.core.sweep import columns_alone
 from qjax.methods.base import Calibrated, Solution, within
 from qjax.methods.shared import Around
 
@@ -98,10 +97,8 @@ class QEP(Around):
 
     @property
     def shared(self) -> bool:
-        """Whether columns are independent."""
-        if isinstance(self.then, Calibrated):
-            return self.then.shared
-        return columns_alone(self.format) and not self.random
+        """Whether columns are independent, but for a second scale."""
+        return getattr(self.then, "shared", False)
 
     def solve_site(
         self, w: Float[Array, "K N"], stats: Mapping[str, Any], key: Any = None

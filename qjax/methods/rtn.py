@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from qjax.core.coded import Coded, encode
 from qjax.core.scales import MINMAX, MSE, AbsMax, MinMax, Percentile, Search
+from qjax.core.sweep import side_by_side
 from qjax.methods.shared import Formatted
 
 
@@ -56,6 +57,11 @@ class RTN(Formatted):
     def random(self) -> bool:
         """Whether a key is needed."""
         return self.rounding == "stochastic"
+
+    @property
+    def shared(self) -> bool:
+        """Whether columns are independent, but for a second scale."""
+        return side_by_side(self.format)
 
     def solve(self, w: Float[Array, "... K N"], key: Any = None) -> tuple[Coded, ...]:
         """The coded weights, in one part."""

@@ -13,7 +13,7 @@ from qjax.core.qtensor import Activation
 from qjax.core.ranges import MINMAX_RANGE, check_calibrator
 from qjax.core.scales import MINMAX, MSE, Search
 from qjax.core.statistics import Statistic
-from qjax.core.sweep import ORDERS, Sweep, columns_alone, sweep
+from qjax.core.sweep import ORDERS, Sweep, side_by_side, sweep
 from qjax.core.transforms import Permutation
 from qjax.methods.base import (
     Calibrated,
@@ -99,8 +99,8 @@ class FromStatistics(Formatted):
 
     @property
     def shared(self) -> bool:
-        """Whether columns are independent."""
-        return columns_alone(self.format)
+        """Whether columns are independent, but for a second scale."""
+        return side_by_side(self.format)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from qjax.core.coded import Coded, encode
 from qjax.core.formats import Format
 from qjax.core.qtensor import Activation
 from qjax.core.ranges import MINMAX_RANGE, check_calibrator
+from qjax.core.sweep import side_by_side
 from qjax.methods.base import check_patterns
 from qjax.schemes import scheme
 
@@ -58,6 +59,11 @@ class SimplePTQ:
     def random(self) -> bool:
         """Rounding to nearest draws no random numbers."""
         return False
+
+    @property
+    def shared(self) -> bool:
+        """Whether columns are independent, but for a second scale."""
+        return side_by_side(self.format)
 
     def solve(self, w: Float[Array, "... K N"], key: Any = None) -> tuple[Coded, ...]:
         """The coded weights, in one part."""

@@ -81,6 +81,16 @@ def block_of(name: str) -> str:
     return "/".join(parts[: number + 1])
 
 
+def numbered_block(name: str) -> str:
+    """`layers/3` of `layers/3/attn/q_proj/kernel`; empty for a path without number.
+
+    >>> numbered_block("layers/3/attn/q_proj/kernel"), numbered_block("head/kernel")
+    ('layers/3', '')
+    """
+    block = block_of(name)
+    return block if block.rsplit("/", 1)[-1].isdigit() else ""
+
+
 def lanes_of(trace: Callable[[Any], Program], batches: Sequence[Any]) -> list[Lane]:
     """One lane for each shape of batch, in order of first appearance."""
     groups: dict[Any, list[int]] = {}
@@ -145,9 +155,7 @@ def _points(
         if not wanted(key) or (key in taken and not repeated):
             continue
         taken.add(key)
-        block = block_of(name(key))
-        numbered = block.rsplit("/", 1)[-1].isdigit()
-        group = op.source, block if numbered else "", op.call.kind
+        group = op.source, numbered_block(name(key)), op.call.kind
         groups.setdefault(group, []).append((place, op))
     return [
         (tuple(key_of(op) for _, op in group), group[0][0], tuple(o for _, o in group))

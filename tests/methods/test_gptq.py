@@ -275,10 +275,28 @@ def test_a_column_does_not_know_its_neighbours():
 
 
 @pytest.mark.parametrize(
-    "format", [Int(4, tensor()), Int(4, block(64, 32)), NVFP4(), Codebook(None, bits=4)]
+    "format", [Int(4, tensor()), Int(4, block(64, 32)), Codebook(None, bits=4)]
 )
 def test_columns_with_a_common_grid_are_not_shared(format):
     assert not GPTQ(weights=format).shared
+
+
+def test_columns_share_a_second_scale_alone():
+    """That of the whole: less of it would give a part of it other scales."""
+    w, h = weights(), hessian()
+    w[0, 0] = 4 * np.abs(w).max()
+    method = GPTQ(weights=NVFP4())
+    assert method.shared
+    together, codes, _ = solve(method, w, h)
+    part, *_ = together.split([16, w.shape[1] - 16])[1].parts
+    np.testing.assert_array_equal(part.unpack(), np.asarray(codes)[:, 16:])
+    w[1:, 16:32] /= 2
+    other, changed, _ = solve(method, w, h)
+    kept = [codes[:, :16], codes[:, 32:]]
+    for a, b in zip(kept, [changed[:, :16], changed[:, 32:]]):
+        np.testing.assert_array_equal(a, b)
+    scales = [each.parts[0].global_scale for each in (together, other)]
+    np.testing.assert_array_equal(*scales)
 
 
 def test_block_size_changes_no_code():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qjax.core.formats import NVFP4, Int, group
-from qjax.methods import RTN
+from qjax.methods import RTN, LoftQ
 from qjax.methods.base import Calibrated
 from qjax.methods.gptaq import GPTAQ
 from qjax.methods.gptq import GPTQ
@@ -102,8 +102,8 @@ def test_is_what_it_wraps():
         assert getattr(method, field) == getattr(then, field)
     assert set(method.statistics) == {"hessian", "cross"}
     assert QEP(RTN()).shared
-    assert not QEP(RTN(weights=NVFP4())).shared
-    assert not QEP(RTN(rounding="stochastic")).shared
+    assert QEP(RTN(weights=NVFP4())).shared
+    assert not QEP(LoftQ()).shared
 
 
 def test_what_it_cannot_wrap_is_refused():
