@@ -8,7 +8,7 @@ ours, the paper's claims into `results/claims.jsonl`, and `results/curves.png`.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,16 @@ def run_paper(name: str, paper: Paper, options: Options) -> None:
         append(CURVES, record)
 
 
+def annotate(name: str, paper: Paper) -> None:
+    """The paper's numbers, as `settings.py` has them, beside rows that are there."""
+    table = RESULTS / f"{name}.jsonl"
+    rows = read(table) if table.is_file() else []
+    table.unlink(missing_ok=True)
+    for row in rows:
+        metrics = {**row.metrics, "paper": paper.numbers.get(row.label)}
+        append(table, replace(row, config={"source": paper.source}, metrics=metrics))
+
+
 def decided(name: str, claim: Less, table: dict[str, Record]) -> Record:
     """Whether a claim holds here."""
     pair = table[claim.better], table[claim.worse]
@@ -139,6 +149,8 @@ def main(options: Options) -> None:
     """Every paper that was asked for; then all claims, and the curves."""
     for name in options.papers:
         run_paper(name, PAPERS[name], options)
+    for name, paper in PAPERS.items():
+        annotate(name, paper)
     decide()
     if CURVES.is_file():
         draw(RESULTS / "curves.png", read(CURVES))
