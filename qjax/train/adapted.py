@@ -143,7 +143,10 @@ def adapted_rule(
         return low_bit(eqn, call, weight, operands, site)
     if call.kind not in ("dot", "ragged_dot") or other_axes(leaf, weight, call):
         return None, "dequantized: an adapted weight is merged here"
-    y, runs = _frozen(eqn, call, weight, operands, site)
+    base, bias = leaf.base, None
+    if leaf.magnitude is not None and isinstance(base, QTensor):
+        base, bias = replace(base, bias=None), base.bias  # which has no magnitude
+    y, runs = _frozen(eqn, call, weight, operands, site, base)
     x = operands[call.operand]
     if call.kind == "ragged_dot":
         delta = _ragged(leaf, leaf.without(x, site), operands[2])
@@ -153,24 +156,29 @@ def adapted_rule(
     scaled = inner * jnp.asarray(leaf.scaling, x.dtype)
     y = y + call.finish(scaled @ leaf.b.astype(x.dtype)).astype(y.dtype)
     if leaf.magnitude is not None:
-        gain = leaf.gain()[..., None, :]
-        every = jnp.broadcast_to(gain, (*gain.shape[:-2], call.M, gain.shape[-1]))
-        y = y * call.finish(every).astype(y.dtype)
+        y = y * _of_rows(leaf.gain(), call).astype(y.dtype)
+    if bias is not None:
+        y = y + _of_rows(bias, call).astype(y.dtype)
     return y, f"{runs}, adapted"
 
 
+def _of_rows(values: Any, call: Call) -> Any:
+    """`values[..., N]` for each row, as the operation arranges its result."""
+    shape = (*values.shape[:-1], call.M, values.shape[-1])
+    return call.finish(jnp.broadcast_to(values[..., None, :], shape))
+
+
 def _frozen(
-    eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int
+    eqn: Any, call: Call, weight: Tracked, operands: list[Any], site: int, base: Any
 ) -> tuple[Any, str]:
     """The operation on the frozen leaf alone."""
-    leaf = weight.value
-    if isinstance(leaf.base, QTensor):
-        alone = replace(weight, value=leaf.base)
+    if isinstance(base, QTensor):
+        alone = replace(weight, value=base)
         y, runs = _low_bit(eqn, call, alone, operands, site)
         array = None if y is not None else alone.array()
     else:
         y, runs = None, "float"
-        array = weight.view.of_array(leaf.base).astype(weight.dtype)
+        array = weight.view.of_array(base).astype(weight.dtype)
     if y is None:
         given = [array if x is weight else as_array(x) for x in operands]
         y = compat.bind(eqn, given)[0]

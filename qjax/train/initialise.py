@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.core.coded import Coded
-from qjax.core.qtensor import QTensor, is_quantized
+from qjax.core.qtensor import QTensor, SiteActs, is_quantized
 from qjax.observe import observe
 from qjax.trace.paths import flatten_with_paths
 from qjax.train.lora import Adapters, Place
@@ -50,7 +50,8 @@ def initialise_lora(
       f: `f(params, *inputs)`.
       params: the float parameters.
       adapters: as `lora` made them, for the float or the quantized parameters.
-      start: `LoftQ`, `PiSSA`, `LQER` or `QERA`.
+      start: `LoftQ`, `PiSSA`, `LQER` or `QERA`; activations that it codes are coded
+        where they meet the frozen part.
       calibration: batches, each a tuple `inputs`, for starts that weigh the error by
         activations.
 
@@ -59,12 +60,15 @@ def initialise_lora(
       frozen beside them.
 
     Raises:
-      ValueError: an adapted leaf is not float, calibration is missing, or DoRA, whose
+      ValueError: an adapted leaf is not float, calibration is missing or does not
+        reach a site, the start has a static activation range, or DoRA, whose
         magnitudes belong to the weights that were there before.
     """
     if adapters.config.dora:
         raise ValueError("LoRA.dora is True; DoRA starts from the weights as they are")
+    record = _record(start)
     known = _known(f, params, start, calibration)
+    _check_reached(adapters, start, known)
     leaves = dict(flatten_with_paths(params))
     factors = dict(adapters.leaves)
     for path, place in adapters.places:
@@ -72,11 +76,25 @@ def initialise_lora(
             raise ValueError(f"{path} is quantized already; give the float parameters")
         stats = _stacked(place, known)
         base, factors[path] = _split(start, adapters, place, leaves[path], stats)
-        leaves[path] = base
+        leaves[path] = replace(base, acts=record) if is_quantized(base) else base
+    coded = any(is_quantized(leaves[path]) for path, _ in adapters.places)
+    own = replace(adapters, leaves=factors, base="codes" if coded else "rest")
     treedef = jax.tree.structure(params, is_leaf=is_quantized)
-    return replace(adapters, leaves=factors), jax.tree.unflatten(
-        treedef, leaves.values()
-    )
+    return own, jax.tree.unflatten(treedef, leaves.values())
+
+
+def _record(start: Start) -> tuple[SiteActs, ...]:
+    """How the input of the frozen part is coded; the adapters take the input itself."""
+    activation = getattr(start, "activation", None)
+    if activation is None:
+        return ()
+    if not activation.dynamic:
+        raise ValueError(
+            f"{type(start).__name__} codes inputs in {activation.format.name} with a "
+            "static range, and a start of adapters calibrates none; take a dynamic one "
+            'such as "W8A8"'
+        )
+    return (SiteActs(activation=activation),)
 
 
 def _known(f: Any, params: Any, start: Start, calibration: Any) -> dict[str, Any]:
@@ -88,6 +106,17 @@ def _known(f: Any, params: Any, start: Start, calibration: Any) -> dict[str, Any
             "calibration=[(inputs, ...), ...]"
         )
     return observe(f, params, calibration, start.statistic)
+
+
+def _check_reached(adapters: Adapters, start: Start, known: dict[str, Any]) -> None:
+    needed = [name for _, place in adapters.places for name in place.names]
+    missing = [name for name in needed if name not in known]
+    if start.statistic is not None and missing:
+        raise ValueError(
+            f"no batch of calibration reaches {missing[0]}, whose error "
+            f"{type(start).__name__} weighs by activations; leave it out with ignore, "
+            "or give batches that reach it"
+        )
 
 
 def _stacked(place: Place, known: dict[str, Any]) -> Any:

@@ -32,7 +32,7 @@ from qjax.trace.paths import flatten_with_paths
 from qjax.trace.program import require_loaded
 from qjax.trace.sites import Sites, sites
 from qjax.train.adapted import Adapted, adapted_rule
-from qjax.train.running import layer_keys, run
+from qjax.train.running import check_key, layer_keys, run
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,17 @@ class Adapters:
         `magnitude[*lead, N]`, all float32.
       config: static; what they are.
       places: static; the adapted leaves, by path.
+      base: static; what is frozen beside them: the parameters as they are ("given"), or
+        what `initialise_lora` put in their place, in float ("rest") or in "codes".
     """
 
     leaves: dict[str, dict[str, Any]]
     config: LoRA
     places: tuple[tuple[str, Place], ...] = field(default_factory=tuple)
+    base: str = "given"
 
 
-register(Adapters, ("leaves",), ("config", "places"))
+register(Adapters, ("leaves",), ("config", "places", "base"))
 
 
 def lora(
@@ -162,8 +165,10 @@ def lora(
     Raises:
       ValueError: a field out of range, a pattern that matches no linear, or a leaf that
         cannot be adapted.
+      TypeError: `key` is no key.
     """
     config = LoRA(rank, alpha, dropout, targets=targets, **options)
+    check_key("lora", key)
     require_loaded(qparams)
     leaves = dict(flatten_with_paths(qparams))
     places = _places(config, sites(f, qparams, *example), leaves)
@@ -282,8 +287,8 @@ def merge_lora(qparams: Any, adapters: Adapters, into: str = "float") -> Any:
         their codes (float leaves become float arrays).
 
     Raises:
-      ValueError: `into` is unknown, or a quantized leaf with a transform or experts
-        takes no low rank.
+      ValueError: `into` is unknown, a quantized leaf with a transform or experts takes
+        no low rank, or one with a correction bias becomes no float array.
     """
     if into not in ("float", "low_rank"):
         raise ValueError(f'into is {into!r}; it must be "float" or "low_rank"')
@@ -291,13 +296,18 @@ def merge_lora(qparams: Any, adapters: Adapters, into: str = "float") -> Any:
     for path, place in adapters.places:
         leaf = adapted(adapters.config, place, adapters.leaves[path], leaves[path])
         beside = into == "low_rank" and isinstance(leaves[path], QTensor)
-        leaves[path] = _beside(path, leaf) if beside else jax.jit(_floats)(leaf)
+        leaves[path] = _beside(path, leaf) if beside else _floats(path, leaf)
     treedef = jax.tree.structure(qparams, is_leaf=is_quantized)
     return jax.tree.unflatten(treedef, leaves.values())
 
 
-def _floats(leaf: Adapted) -> jax.Array:
-    return leaf.dequantize()
+def _floats(path: str, leaf: Adapted) -> jax.Array:
+    if isinstance(leaf.base, QTensor) and leaf.base.bias is not None:
+        raise ValueError(
+            f"{path} has a correction bias, for which a float array has no place; "
+            'merge it with into="low_rank", or train beside weights without one'
+        )
+    return jax.jit(Adapted.dequantize)(leaf)
 
 
 def _beside(path: str, leaf: Adapted) -> QTensor:

@@ -5,6 +5,8 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import json
 import os
+from dataclasses import replace
+from math import sqrt
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,8 +28,17 @@ def save_peft(
     model_type: str,
     config: Any,
     base_model: str = "",
+    *,
+    start: Adapters | None = None,
+    exported: bool = False,
 ) -> Path:
     """Write adapters as PEFT does.
+
+    Adapters that `initialise_lora` started belong to the parameters that it returned.
+    Those beside a rest in float (`PiSSA()`) become adapters of the original model,
+    `s (A B - A_0 B_0)`, which have twice the rank, as PEFT's own conversion writes them
+    (`path_initial_model_for_weight_conversion`): give `start`. Those beside codes
+    belong to the quantized model that `qjax.export` writes: say `exported`.
 
     Args:
       path: a folder that does not exist yet.
@@ -35,17 +46,24 @@ def save_peft(
       model_type: of the base model's `config.json`, such as "llama".
       config: the base model's configuration, as `load_model` gives it.
       base_model: `base_model_name_or_path`, the base model's folder or hub id.
+      start: the adapters as `initialise_lora` returned them, before training.
+      exported: whether `base_model` holds the parameters that `initialise_lora`
+        returned.
 
     Returns:
       The folder's path.
 
     Raises:
       FileExistsError: the folder exists.
-      ValueError: an adapted leaf is no single linear of the checkpoint.
+      ValueError: an adapted leaf is no single linear of the checkpoint, or it is not
+        said to which model the adapters belong.
     """
     path = Path(path).resolve()
     if path.exists():
         raise FileExistsError(f"{path} exists; give the name of a new folder")
+    _check_base(adapters, base_model, start, exported)
+    if start is not None:
+        adapters = _of_the_original(adapters, start)
     modules = _modules(architecture(model_type), config)
     tensors: dict[str, np.ndarray] = {}
     names: list[str] = []
@@ -66,6 +84,49 @@ def save_peft(
         file = folder / "adapter_model.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
     return path
+
+
+def _check_base(
+    adapters: Adapters, base_model: str, start: Adapters | None, exported: bool
+) -> None:
+    """Refuse adapters of which it is not clear beside which weights they stand."""
+    if adapters.base == "codes" and not exported:
+        raise ValueError(
+            "the adapters stand beside the codes that initialise_lora made, not beside "
+            "the original weights: write those with qjax.export, give that folder as "
+            "base_model, and exported=True"
+        )
+    if adapters.base == "rest" and exported == (start is not None):
+        raise ValueError(
+            "the adapters stand beside what initialise_lora left of the weights: give "
+            "either start, the adapters that it returned, or a base_model that holds "
+            "these weights and exported=True"
+        )
+    if exported and not base_model:
+        raise ValueError("exported=True needs base_model, the exported model's folder")
+    if start is None:
+        return
+    if adapters.base != "rest":
+        raise ValueError("start is for adapters beside a rest in float, as of PiSSA()")
+    if (start.config, start.places) != (adapters.config, adapters.places):
+        raise ValueError("start holds other adapters than those to be written")
+
+
+def _of_the_original(adapters: Adapters, start: Adapters) -> Adapters:
+    """Adapters of twice the rank, beside the weights that were there before."""
+    join = lambda *x, axis: np.concatenate([np.asarray(each) for each in x], axis)
+    leaves = {
+        path: {
+            "a": join(own["a"], start.leaves[path]["a"], axis=-1),
+            "b": join(own["b"], -start.leaves[path]["b"], axis=-2),
+        }
+        for path, own in adapters.leaves.items()
+    }
+    config = adapters.config
+    # The scaling stays as it is, over a rank that is twice as large.
+    alpha = config.alpha * (sqrt(2) if config.rslora else 2)
+    config = replace(config, rank=2 * config.rank, alpha=alpha)
+    return replace(adapters, leaves=leaves, config=config, base="given")
 
 
 def _modules(module: ModuleType, config: Any) -> dict[str, str]:

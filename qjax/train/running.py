@@ -22,6 +22,21 @@ Observations = dict[str, list[Seen | None]]
 """By path, what was seen at each site."""
 
 
+def check_key(owner: str, key: Any) -> None:
+    """Refuse what is no random key.
+
+    Raises:
+      TypeError: naming the owner and what was given.
+    """
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and not (dtype == jnp.uint32 and jnp.ndim(key) == 1):
+        raise TypeError(
+            f"{owner} draws random numbers from key, which must be a key such as "
+            f"jax.random.key(0), got {key!r}"
+        )
+
+
 def layer_keys(key: Any, path: str, layers: tuple[int, ...]) -> Any:
     """A leaf's own random keys, one for each of its layers."""
     own = site_key(key, path)

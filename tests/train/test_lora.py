@@ -125,6 +125,32 @@ def test_merged_is_what_was_trained(case, dora):
         chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_correction_bias_stays_as_it_is(dora):
+    """DoRA's magnitude is that of the weights; beside numpy in double precision."""
+    f, params = (lambda p, x: x @ p["w"]), {"w": normal(1, K, N)}
+    recipe = (qjax.RTN(weights=qjax.Int(3, qjax.group(32))), qjax.BiasCorrection())
+    q = qjax.quantize(f, params, recipe, [(X + 1,)], progress=False)
+    assert jnp.linalg.norm(q["w"].bias) > 0.1
+    f_lora, adapters = started(f, q, dora=dora)
+    own = adapters.leaves["w"]
+    if dora:
+        own["magnitude"] = own["magnitude"] * 1.3
+    w = np.float64(q["w"].dequantize()) + 4 * np.float64(own["a"]) @ np.float64(
+        own["b"]
+    )
+    if dora:
+        w *= np.float64(own["magnitude"]) / np.linalg.norm(w, axis=0)
+    want = np.float64(X) @ w + np.float64(q["w"].bias)
+    got = jax.jit(f_lora)(adapters, q, X)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    beside = qjax.merge_lora(q, adapters, into="low_rank")
+    got = jax.jit(qjax.apply(f))(beside, X)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="w has a correction bias"):
+        qjax.merge_lora(q, adapters)
+
+
 def leaves_of(tree):
     return jax.tree.leaves(tree, is_leaf=qjax.is_quantized)
 
@@ -301,6 +327,33 @@ def test_starts():
         qjax.initialise_lora(f, params, adapters, qjax.QERA())
 
 
+def test_starts_code_inputs_as_their_scheme_says():
+    """As quantize does: the codes' input is coded, the factors take it as it is."""
+    f, params = (lambda p, x: x @ p["w"]), {"w": normal(1, K, N)}
+    f_lora, adapters = qjax.lora(f, params, R, example=(X,), key=jax.random.key(0))
+    for start in (qjax.QERA("W8A8"), qjax.LoftQ("W8A8")):
+        own, base = qjax.initialise_lora(f, params, adapters, start, [(X,)])
+        by_rank = replace(start, rank=R)
+        want = qjax.quantize(f, params, by_rank, [(X,)], progress=False)
+        assert base["w"].acts == want["w"].acts != ()
+        got = jax.jit(f_lora)(own, base, X)
+        chex.assert_trees_all_close(
+            got, jax.jit(qjax.apply(f))(want, X), rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(ValueError, match=r"LoftQ codes inputs in fp8 .* static range"):
+        qjax.initialise_lora(f, params, adapters, qjax.LoftQ("FP8"))
+
+
+def test_a_start_names_the_site_that_no_batch_reaches():
+    def f(p, x):
+        return jax.lax.cond(x.sum() < 1e9, lambda: x @ p["a"], lambda: x @ p["b"])
+
+    params = {"a": normal(1, K, N), "b": normal(2, K, N)}
+    _, adapters = qjax.lora(f, params, R, example=(X,), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="no batch of calibration reaches b, whose"):
+        qjax.initialise_lora(f, params, adapters, qjax.QERA(), [(X,)])
+
+
 def test_qera_is_the_optimum_in_closed_form():
     """Against numpy's double precision: no factors of that rank leave less."""
     w, x = np.float64(normal(1, 32, 24)), np.float64(normal(2, 200, 32)) * 5
@@ -330,3 +383,10 @@ BAD = {
 def test_bad_fields_are_named(text):
     with pytest.raises((ValueError, TypeError), match=f"^{text}"):
         qjax.lora(scanned, STACK, example=(X,), key=jax.random.key(0), **BAD[text])
+
+
+def test_a_number_is_no_key():
+    with pytest.raises(TypeError, match=r"must be a key such as .* got 0"):
+        qjax.lora(scanned, STACK, example=(X,), key=0)
+    legacy = jax.random.PRNGKey(0)
+    assert qjax.lora(scanned, STACK, example=(X,), key=legacy)[1].leaves
