@@ -12,17 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from qjax import models
 from qjax.core.qtensor import Stacked, is_quantized
 from qjax.data import Text, encode_text, file_text, load_text
 from qjax.evals import Protocol
 from qjax.io.checkpoint import MANIFEST, holds_quantized, read_manifest, restore
 from qjax.io.huggingface import find_folder, load_shell, load_weights, read_tokenizer
+from qjax.models import BUNDLED
 from qjax.models.coded_cache import holds_cache_scales
 from qjax.trace.apply import apply
 from qjax.train.named import quantize_kv
 
-BUNDLED = Path(models.__file__).parent / "tiny_llama"
 # Tokens to read (0: all) and tokens per window: what GPTQ, AWQ and others after them
 # report, and what a CPU does in a minute.
 PAPER_CUT, QUICK_CUT = (0, 2048), (16384, 512)

@@ -15,7 +15,15 @@ from qjax.plan.compilers import find_compiler, run_plans
 from qjax.plan.layouts import Layout, layout
 from qjax.plan.machines import Machine, machine
 from qjax.plan.picture import plan_plot
-from qjax.plan.report import UNKNOWN, merged, refusals, table, uncounted
+from qjax.plan.report import (
+    UNKNOWN,
+    compiled,
+    failures,
+    merged,
+    refusals,
+    table,
+    uncounted,
+)
 from qjax.plan.serving import serving
 from qjax.plan.steps import Load
 from qjax.results import Record, append, environment
@@ -31,11 +39,12 @@ class Plan:
     The decode step and a prefill are compiled by that machine's compiler, sharded over
     its devices, from shapes alone. Several values of --batch or --context make a
     picture of memory and of the roofline against them. Exit code 3: something asked
-    for does not fit.
+    for does not fit; 1: something could not be compiled.
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """A folder with config.json, a hub id, or a layout by name, such as Llama-3-8B."""
+    """A folder with config.json, a hub id, "bundled", or a layout by name, such as
+    Llama-3-8B."""
     scheme: tuple[str, ...] = ("bf16", "W8A8", "W4A16", "W4A8-KV8")
     """Schemes, side by side; -KV8 and -KVFP8 keep the cache in int8 and float8."""
     topology: tuple[str, ...] = ("v5e:2x4",)
@@ -55,11 +64,18 @@ class Plan:
     """Folder for JSON lines and pictures, one of each for a machine."""
 
     def run(self) -> int:
-        """Compile, print, save; returns the exit code."""
+        """Compile, print, save; returns the exit code.
+
+        Raises:
+          ValueError: a value is not known, missing or given twice; or, when the rest is
+            saved, a program failed to compile.
+        """
+        self.check()
         model, machines = layout(self.model), [machine(n) for n in self.topology]
         plans = self.plans()
         compilers = [find_compiler(m.platform, self.compiler) for m in machines]
         everything: list[Record] = []
+        failed: list[str] = []
         for place, compiler in zip(machines, compilers):
             rows = track(
                 run_plans(model, place, plans, compiler),
@@ -69,10 +85,28 @@ class Plan:
             records = list(_records(rows, model, place, len(self.steps)))
             if len(self.batch) * len(self.context) > 1:
                 records = [_with_load(record) for record in records]
-            self.save(records, model, place)
+            if any(compiled(record) for record in records):
+                self.save(records, model, place)
+            failed += [f"{place.name}, {sentence}" for sentence in failures(records)]
             everything += records
+        if failed:
+            raise ValueError(_first_of(failed))
         fits = all(record.metrics["fits"] == "yes" for record in everything)
         return 0 if fits else DOES_NOT_FIT
+
+    def check(self) -> None:
+        """Refuse lists with nothing in them, and those that name a thing twice.
+
+        Raises:
+          ValueError: names the option.
+        """
+        for name in ("scheme", "topology", "batch", "context", "steps"):
+            values = getattr(self, name)
+            twice = [v for i, v in enumerate(values) if v in values[:i]]
+            if twice:
+                raise ValueError(f"--{name} has {twice[0]} twice: give each value once")
+            if not values:
+                raise ValueError(f"--{name} is empty: give at least one value")
 
     def plans(self) -> list[dict[str, Any]]:
         """The programs to compile, steps of one scheme together.
@@ -138,6 +172,12 @@ def _records(
             found = merged(str(row["scheme"]), programs)
             yield replace(found, context=context)
             programs = {}
+
+
+def _first_of(sentences: Sequence[str]) -> str:
+    """One sentence for several."""
+    more = f"; {len(sentences) - 1} more failed" if sentences[1:] else ""
+    return sentences[0] + more
 
 
 def _with_load(record: Record) -> Record:

@@ -5,6 +5,7 @@ dtype=, scan_layers=, remat=) -> nnx.Module`, `names(config)`, the table of its
 checkpoint's tensors, and `PREFIX`, which bare checkpoints leave out of their names.
 """
 
+from pathlib import Path
 from types import ModuleType
 
 from qjax.models import (
@@ -24,7 +25,17 @@ from qjax.models import (
 from qjax.models.functional import Function, functional
 from qjax.models.generate import generate
 
-__all__ = ["ARCHITECTURES", "Function", "architecture", "functional", "generate"]
+__all__ = [
+    "ARCHITECTURES",
+    "BUNDLED",
+    "Function",
+    "architecture",
+    "functional",
+    "generate",
+]
+
+BUNDLED = Path(__file__).parent / "tiny_llama"
+"""The folder of the bundled model, a Llama of 7M parameters."""
 
 ARCHITECTURES: dict[str, ModuleType] = {
     "bert": bert,

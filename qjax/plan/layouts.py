@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
+from qjax import models
 from qjax.io.shards import read_json
 from qjax.models import Function, architecture, functional
 from qjax.models.fields import Fields
@@ -80,7 +81,7 @@ def from_fields(name: str, fields: Mapping[str, Any]) -> Layout:
 def _fields(model: str) -> Mapping[str, Any]:
     if model in NAMED:
         return NAMED[model]
-    folder = Path(model).expanduser()
+    folder = models.BUNDLED if model == "bundled" else Path(model).expanduser()
     if folder.is_dir():
         return read_json(folder / "config.json")
     try:
@@ -93,5 +94,5 @@ def _fields(model: str) -> Mapping[str, Any]:
     ):
         raise FileNotFoundError(
             f"{model} is no folder and no model on the hub that can be reached; "
-            f"layouts known by name are {', '.join(NAMED)}"
+            f"layouts known by name are bundled, {', '.join(NAMED)}"
         ) from None

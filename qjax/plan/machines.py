@@ -105,6 +105,11 @@ def tpu(generation: str) -> Chip:
     )
 
 
+# docs.cloud.google.com/tpu/docs/{v5e,v6e}: all slices; {v5p,tpu7x}: the small ones,
+# and above them cubes of 4x4x4 chips, sides ascending, up to so many chips.
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SOLID = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")
+MOST_CHIPS = {"v5p": 6144, "v7x": 9216}
 VALID = "v5e:2x4, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1, h200 or h200:8"
 
 
@@ -124,8 +129,27 @@ def machine(name: str) -> Machine:
         return Machine(name, "gpu", f"1x1x{count}", count, H200)
     axes = AXES.get(generation, 0)
     if axes and re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (axes - 1), size):
-        chips = math.prod(int(side) for side in size.split("x"))
+        chips = _chips(generation, size)
         devices = chips * DEVICES_PER_CHIP.get(generation, 1)
         known = {"v7x": "tpu7x"}.get(generation, generation)
         return Machine(name, "tpu", f"{known}:{size}", devices, tpu(generation))
     raise ValueError(f"--topology is {name!r}; valid are names such as {VALID}")
+
+
+def _chips(generation: str, size: str) -> int:
+    """How many chips a slice of that size has.
+
+    Raises:
+      ValueError: the generation has no such slice.
+    """
+    sides = [int(side) for side in size.split("x")]
+    chips, most = math.prod(sides), MOST_CHIPS.get(generation, 0)
+    cubes = sides == sorted(sides) and not any(side % 4 for side in sides)
+    if size in (SOLID if most else FLAT) or (cubes and chips <= most):
+        return chips
+    sizes = ", ".join(SOLID if most else FLAT)
+    larger = f" and AxBxC in multiples of 4, A <= B <= C, up to {most} chips"
+    raise ValueError(
+        f"--topology: {generation} has no slices of {size}; it has {sizes}"
+        + (larger if most else "")
+    )

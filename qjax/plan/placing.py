@@ -30,6 +30,11 @@ OUTPUTS += ("gate_up_proj", "lm_head")
 INPUTS = ("o_proj", "down_proj")
 
 
+def kv_heads(cache: Cache) -> int:
+    """How many heads the keys `[L, B, S, G, d]` of a cache have."""
+    return next(x.shape[3] for x in jax.tree.leaves(cache.k) if x.ndim == 5)
+
+
 def make_mesh(devices: Sequence[Any], kv_heads: int) -> Mesh:
     """All devices, as many along "heads" as share the key-value heads evenly."""
     heads = gcd(len(devices), kv_heads)

@@ -64,6 +64,11 @@ def verdict(programs: Mapping[str, Mapping[str, Any]]) -> str:
     return "yes" if all(program["fits"] for program in programs.values()) else "no"
 
 
+def compiled(record: Record) -> bool:
+    """Whether the compiler had a result for any of the record's programs."""
+    return any("error" not in p for p in record.metrics["programs"].values())
+
+
 def _of_step(step: str, program: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in program:
         return {}
@@ -139,18 +144,27 @@ def uncounted(records: Sequence[Record]) -> list[str]:
     return found
 
 
+def failures(records: Sequence[Record]) -> list[str]:
+    """Why programs could not be compiled, one sentence each."""
+    return [
+        f"{record.label}, {step}: failed: {program['error']}"
+        for record in records
+        for step, program in record.metrics["programs"].items()
+        if "error" in program
+    ]
+
+
 def refusals(records: Sequence[Record]) -> list[str]:
     """Why programs do not fit or could not be compiled, one sentence each."""
-    found = []
+    found = failures(records)
     for record in records:
         for step, program in record.metrics["programs"].items():
-            why = program.get("error") or program.get("refusal")
-            if not why and not program["fits"]:
+            why = program.get("refusal")
+            if "error" not in program and not why and not program["fits"]:
                 why = (
                     f"needs {program['needed_bytes'] / GIB:.2f} GiB, a device has "
                     f"{program['available_bytes'] / GIB:.2f}"
                 )
             if why:
-                verb = "failed" if "error" in program else "does not fit"
-                found.append(f"{record.label}, {step}: {verb}: {why}")
+                found.append(f"{record.label}, {step}: does not fit: {why}")
     return found

@@ -14,7 +14,13 @@ from qjax.ops import Target, pack
 from qjax.plan.layouts import Layout
 from qjax.plan.machines import Machine
 from qjax.plan.placed import apply_placed
-from qjax.plan.placing import make_mesh, place, place_cache, place_params
+from qjax.plan.placing import (
+    kv_heads,
+    make_mesh,
+    place,
+    place_cache,
+    place_params,
+)
 from qjax.plan.serving import Serving
 from qjax.plan.shapes import quantized_shapes
 
@@ -72,11 +78,11 @@ def make_step(
       ValueError: a weight or the cache cannot be cut among so many devices.
     """
     f, params = stored(layout, serving.weights, target(machine))
-    mesh = make_mesh(devices, layout.config.kv_heads)
     decoding = load.step == "decode"
     batch, length = (load.batch, 1) if decoding else (1, load.prompt)
     assert f.init_cache is not None
     cache = jax.eval_shape(partial(f.init_cache, batch, load.context, serving.cache))
+    mesh = make_mesh(devices, kv_heads(cache))
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     step = partial(_next, apply_placed(f, target(machine), mesh))
     placed = place_params(params, mesh)

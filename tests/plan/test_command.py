@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from qjax import results
 from qjax.cli import main
+from qjax.commands import plan as command
 from qjax.plan.machines import machine
 from qjax.plan.picture import plan_plot
 from qjax.plan.report import merged, refusals, summary, table, uncounted, verdict
@@ -51,6 +52,14 @@ def test_one_sentence_for_what_is_not_known(model, capfd, monkeypatch, tmp_path)
     assert "pip install" in fails(capfd, model)
 
 
+def test_a_value_is_given_once(model, capfd):
+    for option, value in (("steps", "decode"), ("batch", 8), ("topology", "v5e:2x4")):
+        said = fails(capfd, model, f"--{option}", value, value)
+        assert said == (
+            f"qjax: error: --{option} has {value} twice: give each value once\n"
+        )
+
+
 GIVEN = {"scheme": "W4A16", "batch": 16, "context": 4096, "prompt": 1024}
 
 
@@ -85,6 +94,27 @@ def test_programs_of_a_scheme_make_one_record():
     assert uncounted([merged("W4A16", both)]) == [
         "W4A16, decode: counted once or not: while (2)"
     ]
+
+
+@pytest.mark.parametrize("lost", [("decode", "prefill"), ("prefill",)])
+def test_what_does_not_compile_is_an_error(lost, model, tmp_path, capfd, monkeypatch):
+    """Exit code 1 and one sentence; what did compile is shown, and nothing is not."""
+
+    def run_plans(layout, place, plans, compiler):
+        for plan in plans:
+            failed = {**plan, "error": "INTERNAL: lost"}
+            yield failed if plan["step"] in lost else program(plan["step"])
+
+    monkeypatch.setattr(command, "run_plans", run_plans)
+    monkeypatch.setattr(command, "find_compiler", lambda platform, folders: tmp_path)
+    arguments = ["--scheme", "W4A16", "--out", str(tmp_path / "out")]
+    assert main(["plan", str(model), *arguments]) == 1
+    out, err = capfd.readouterr()
+    more = "; 1 more failed" if lost[1:] else ""
+    assert err.splitlines()[-1] == (
+        f"qjax: error: v5e:2x4, W4A16, {lost[0]}: failed: INTERNAL: lost{more}"
+    )
+    assert ("W4A16" in out) == (tmp_path / "out").exists() == (len(lost) == 1)
 
 
 def test_loads_make_a_picture_of_memory_and_roofline(tmp_path):

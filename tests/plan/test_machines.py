@@ -11,7 +11,7 @@ from qjax.plan.machines import machine
 from qjax.plan.placing import make_mesh, per_device, place_cache, place_params, spec
 from qjax.plan.serving import serving
 from qjax.plan.shapes import nbytes, quantized_shapes
-from qjax.plan.steps import Load
+from qjax.plan.steps import Load, make_step
 from qjax.trace.paths import flatten_with_paths
 
 
@@ -31,6 +31,31 @@ def test_other_machines_are_refused(name: str):
 
 
 @pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("v5e:3x5", "1x1, 2x2, 2x4, .*16x16$"),
+        ("v5e:4x2", "2x4"),
+        ("v6e:999x999", "16x16$"),
+        (
+            "v5p:2x3x4",
+            "2x4x4 and AxBxC in multiples of 4, A <= B <= C, up to 6144",
+        ),
+        ("tpu7x:16x24x28", "up to 9216 chips"),
+    ],
+)
+def test_sizes_that_a_generation_lacks_are_refused(name: str, sizes: str):
+    size = name.partition(":")[2]
+    with pytest.raises(ValueError, match=rf"has no slices of {size}; it has .*{sizes}"):
+        machine(name)
+
+
+def test_cubes_make_larger_machines():
+    assert machine("v5p:4x4x12").devices == 192
+    assert machine("v5p:16x16x24").devices == 6144
+    assert machine("tpu7x:16x24x24").devices == 2 * 9216
+
+
+@pytest.mark.parametrize(
     ("name", "why"),
     [
         ("W5A17", "valid are bf16, W2A16"),
@@ -44,7 +69,7 @@ def test_other_schemes_are_refused(name: str, why: str):
 
 
 def test_other_models_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="known by name are Llama-3-8B"):
+    with pytest.raises(FileNotFoundError, match="by name are bundled, Llama-3-8B"):
         layouts.layout("no/such-model")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         layouts.layout(str(tmp_path))
@@ -128,6 +153,30 @@ def test_caches_are_cut_by_heads_then_sequences_then_slots(batch: int, context: 
     odd = jax.eval_shape(lambda: f.init_cache(1, 63, jnp.int8))
     with pytest.raises(ValueError, match="does not split 2 ways"):
         place_cache(odd, mesh)
+
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 512, "n_embd": 1024, "n_layer": 2}
+GPT2 |= {"n_head": 8, "n_positions": 64}
+OPT = {"model_type": "opt", "vocab_size": 512, "hidden_size": 1024, "ffn_dim": 2048}
+OPT |= {"num_hidden_layers": 2, "num_attention_heads": 8, "word_embed_proj_dim": 1024}
+OPT |= {"max_position_embeddings": 64, "do_layer_norm_before": True}
+
+
+@pytest.mark.parametrize("fields", [GPT2, OPT, FIELDS], ids=lambda f: f["model_type"])
+@pytest.mark.parametrize("scheme", ["bf16", "W4A16-KV8"])
+def test_a_step_of_every_kind_of_attention(fields, scheme: str):
+    """Heads are counted in the cache, whatever a model's configuration calls them."""
+    layout, place = layouts.from_fields("small", fields), machine("v5e:2x4")
+    load = Load("decode", 4, 32, 8)
+    step = make_step(layout, serving(scheme), place, load, jax.devices())
+    cache, heads = step.arguments[1], fields.get("num_key_value_heads", 8)
+    assert {x.sharding.mesh.shape["heads"] for x in jax.tree.leaves(cache)} == {heads}
+    tokens, _ = jax.eval_shape(step.f, *step.arguments)
+    assert tokens.shape == (4,)
+
+
+def test_the_bundled_model_has_a_name():
+    assert layouts.layout("bundled").weights == pytest.approx(7.3e6, rel=0.01)
 
 
 def test_an_odd_vocabulary_is_whole():
