@@ -144,12 +144,14 @@ def vmem_bytes(
     if weight.zero is not None:
         streamed += G * n * weight.zero.dtype.itemsize
     sums = m * _up(weight.groups, LANES) * 4
-    scratch = m * n * 4 + G * n * 4 + (m * x_columns + m * LANES * 4) * int8_tokens
+    step_groups = _up(-(-blocks.k // (weight.group or blocks.k)), SUBLANES)
+    wide = max(weight.rows // blocks.k, 1) * step_groups * n * 4
+    scratch = m * n * 4 + wide + (m * x_columns + m * LANES * 4) * int8_tokens
     decoded = k * tile * 4 + m * tile * 8
     if blocks.decode == "offset":  # tokens in another order, and what orders them
         unit = lcm(registers(weight.bits), weight.group or 1)
         width = max(unit, 512) if weight.bits == crossing.BITS else LANES
-        scratch += 10 * m * k + 8 * width**2
+        scratch += 10 * m * k + 8 * width**2 + wide
     return 2 * (streamed + sums) + scratch + decoded
 
 

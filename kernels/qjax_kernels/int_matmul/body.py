@@ -92,6 +92,11 @@ class Plan:
         return self.groups == 1
 
     @property
+    def step_groups(self) -> int:
+        """Groups of one step, the last of which may be cut."""
+        return 1 if self.late else -(-self.blocks.k // self.group)
+
+    @property
     def moving(self) -> bool:
         """Whether tokens take the order in which codes are decoded."""
         return self.blocks.decode == "offset"
@@ -184,7 +189,7 @@ def kernel(*references: Any, plan: Plan) -> None:
     @pl.when(step == plan.steps - 1)
     def _finish():
         y = refs.total[...]
-        y = y * refs.wide[...] if plan.late else y
+        y = y * refs.wide[0] if plan.late else y
         y = y * refs.x_scale[...] if plan.int8_tokens else y
         refs.out[...] = y.astype(refs.out.dtype)
 
@@ -235,10 +240,21 @@ def _members(step: int, plan: Plan) -> jax.Array:
 
 def begin(refs: Refs, plan: Plan) -> None:
     """What a block of outputs begins with."""
-    refs.wide[...] = refs.scale[...].astype(jnp.float32)
+    by_step(refs.wide, refs.scale[...].astype(jnp.float32))
     refs.total[...] = offset(refs, plan)
     if refs.away is not None:
-        refs.away[...] = refs.zero[...].astype(jnp.float32) + plan.bias
+        by_step(refs.away, refs.zero[...].astype(jnp.float32) + plan.bias)
+
+
+def by_step(ref: Any, rows: Any) -> None:
+    """Rows of all groups as `ref[steps, groups of a step, n]`.
+
+    Which step it is decides an address then, and not a place within registers.
+    """
+    steps, count = ref.shape[:2]
+    for step in range(steps):
+        part = rows[step * count : (step + 1) * count]
+        ref[step, : part.shape[0]] = part
 
 
 def offset(refs: Refs, plan: Plan) -> Any:
@@ -246,10 +262,10 @@ def offset(refs: Refs, plan: Plan) -> Any:
     if not plan.sums:
         return jnp.zeros_like(refs.total)
     zero = refs.zero[...].astype(jnp.float32) if plan.zeros else 0.0
-    weights = jnp.broadcast_to(zero + plan.bias, refs.wide.shape)
+    weights = jnp.broadcast_to(zero + plan.bias, refs.scale.shape)
     if plan.late:
         return -refs.x_sums[...] * weights
-    weights = weights * refs.wide[...]
+    weights = weights * refs.scale[...].astype(jnp.float32)
     return -lax.dot(refs.x_sums[...], weights, precision=lax.Precision.HIGHEST)
 
 
@@ -309,12 +325,13 @@ def _scaled(refs: Refs, q: Any, first: int, columns: Any, step: Any, plan: Plan)
 
 def _scale(refs: Refs, first: int, columns: Any, step: Any, plan: Plan) -> Any:
     """The row of scales of the group that starts at input `first` of this step."""
-    return refs.wide[_group_row(first, step, plan), columns]
+    return refs.wide[step, _group_row(first, plan), columns]
 
 
-def _group_row(first: int, step: Any, plan: Plan) -> Any:
-    """Which row of scales and zeros that is."""
-    return pl.ds(step * (plan.blocks.k // plan.group) + first // plan.group, 1)
+def _group_row(first: int, plan: Plan) -> slice:
+    """Which of a step's rows of scales and zeros that is."""
+    row = first // plan.group
+    return slice(row, row + 1)
 
 
 def _columns(refs: Refs, step: Any, first: int, stop: int, plan: Plan) -> Any:
@@ -344,7 +361,7 @@ def _unbiased(refs: Refs, y: Any, first: int, columns: Any, step: Any, plan: Pla
     wide = jnp.concatenate([sums] * -(-y.shape[1] // LANES), 1)[:, : y.shape[1]]
     if refs.away is None:
         return y - wide * plan.bias
-    return y - wide * refs.away[_group_row(first, step, plan), columns]
+    return y - wide * refs.away[step, _group_row(first, plan), columns]
 
 
 def _dot(x: Any, w: Any) -> Any:

@@ -137,7 +137,7 @@ def _scratch(weight: IntWeight, plan: Plan) -> list[Any]:
     m, n = plan.blocks.m, plan.blocks.n
     scratch = [
         pltpu.VMEM((m, n), jnp.float32),
-        pltpu.VMEM((weight.groups, n), jnp.float32),
+        wide_scratch(plan),
     ]
     if plan.int8_tokens:
         scratch.append(pltpu.VMEM((plan.steps, m, plan.blocks.k), jnp.int8))
@@ -147,10 +147,16 @@ def _scratch(weight: IntWeight, plan: Plan) -> list[Any]:
     if weight.bits == crossing.BITS:
         rows = plan.blocks.k * crossing.WORDS // crossing.CODES
         scratch.append(pltpu.VMEM(crossing.lanes_shape(rows, n), jnp.uint32))
-    return scratch + moved_scratch(plan, weight)
+    return scratch + moved_scratch(plan)
 
 
-def moved_scratch(plan: Plan, weight: IntWeight) -> list[Any]:
+def wide_scratch(plan: Plan) -> Any:
+    """Scales of a block of outputs in float32, by step."""
+    groups = (1, 1) if plan.late else (plan.steps, plan.step_groups)
+    return pltpu.VMEM((*groups, plan.blocks.n), jnp.float32)
+
+
+def moved_scratch(plan: Plan) -> list[Any]:
     """Tokens of a step in another order, their sums, and zero points to take away."""
     scratch, m, k = [], plan.blocks.m, plan.blocks.k
     if plan.moving:
@@ -158,7 +164,7 @@ def moved_scratch(plan: Plan, weight: IntWeight) -> list[Any]:
     if plan.summing:
         scratch.append(pltpu.VMEM((k // LANES, m, LANES), jnp.float32))
     if plan.summing and plan.zeros:
-        scratch.append(pltpu.VMEM((weight.groups, plan.blocks.n), jnp.float32))
+        scratch.append(wide_scratch(plan))
     return scratch
 
 

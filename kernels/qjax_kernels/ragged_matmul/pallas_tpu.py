@@ -20,7 +20,7 @@ from qjax_kernels.compat import chip
 from qjax_kernels.int_matmul import blocks as int_blocks
 from qjax_kernels.int_matmul.blocks import Blocks, vmem_limit
 from qjax_kernels.int_matmul.body import Plan, Refs, accumulate, arrange, begin
-from qjax_kernels.int_matmul.pallas_tpu import group_sums, moved_scratch
+from qjax_kernels.int_matmul.pallas_tpu import group_sums, moved_scratch, wide_scratch
 from qjax_kernels.int_matmul.pallas_tpu import name_of as int_name_of
 from qjax_kernels.int_matmul.reference import quantize_tokens
 from qjax_kernels.int_matmul.weight import IntWeight
@@ -83,8 +83,8 @@ def ragged_matmul(
             out_specs=pl.BlockSpec((blocks.m, blocks.n), _by_rows_and_outputs),
             scratch_shapes=[
                 pltpu.VMEM((blocks.m, blocks.n), jnp.float32),
-                pltpu.VMEM((one.groups, blocks.n), jnp.float32),
-                *moved_scratch(plan, one),
+                wide_scratch(plan),
+                *moved_scratch(plan),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((M, one.N), dtype),
@@ -157,7 +157,7 @@ def _kernel(*references: Any, plan: Plan, scaled: bool) -> None:
     @pl.when(step == plan.steps - 1)
     def _finish():
         y = refs.total[...]
-        y = y * refs.wide[...] if plan.late else y
+        y = y * refs.wide[0] if plan.late else y
         y = y if x_scale is None else y * x_scale[...]
         kept = refs.out[...]
         refs.out[...] = jnp.where(todo.rows(plan.blocks.m), y.astype(kept.dtype), kept)

@@ -21,8 +21,8 @@ from qjax_kernels.compat import chip
 from qjax_kernels.int_matmul import blocks as int_blocks
 from qjax_kernels.int_matmul import decode
 from qjax_kernels.int_matmul.blocks import LANES, SUBLANES, Blocks
-from qjax_kernels.int_matmul.body import Plan, Refs, accumulate, offset
-from qjax_kernels.int_matmul.pallas_tpu import group_sums
+from qjax_kernels.int_matmul.body import Plan, Refs, accumulate, by_step, offset
+from qjax_kernels.int_matmul.pallas_tpu import group_sums, wide_scratch
 from qjax_kernels.int_matmul.pallas_tpu import name_of as int_name_of
 from qjax_kernels.int_matmul.weight import IntWeight
 from qjax_kernels.sparse_outlier.reference import check
@@ -75,7 +75,7 @@ def sparse_outlier(
     codes, kept = (_padded(each, weight.rows) for each in (codes, kept))
     flags = jnp.any(kept.reshape(M, -1, chunk) != 0, axis=(0, 2)).astype(jnp.int32)
     operands, specs = _operands(weight, codes, kept, steps, plan)
-    m, n, G = blocks.m, blocks.n, weight.groups
+    m, n = blocks.m, blocks.n
     return pl.pallas_call(
         partial(_kernel, plan=plan, chunk=chunk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -86,7 +86,7 @@ def sparse_outlier(
             scratch_shapes=[
                 pltpu.VMEM((m, n), jnp.float32),
                 pltpu.VMEM((m, n), jnp.float32),
-                pltpu.VMEM((G, n), jnp.float32),
+                wide_scratch(plan),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((M, weight.N), dtype),
@@ -151,7 +151,7 @@ def _kernel(flags: Any, *references: Any, plan: Plan, chunk: int) -> None:
 
     @pl.when(step == 0)
     def _start():
-        wide[...] = scale[...].astype(jnp.float32)
+        by_step(wide, scale[...].astype(jnp.float32))
         total[...] = offset(coded, plan)
         kept_total[...] = offset(floats, plan)
 
@@ -164,7 +164,7 @@ def _kernel(flags: Any, *references: Any, plan: Plan, chunk: int) -> None:
     @pl.when(step == plan.steps - 1)
     def _finish():
         y = total[...] * steps[...] + kept_total[...]
-        y = y * wide[...] if plan.late else y
+        y = y * wide[0] if plan.late else y
         out[...] = y.astype(out.dtype)
 
 
@@ -182,8 +182,8 @@ def _add_kept(refs: Refs, first: int, size: int, step: Any, plan: Plan) -> None:
             preferred_element_type=jnp.float32,
         )
         if not plan.late:
-            row = step * (plan.blocks.k // plan.group) + (first + at) // plan.group
-            y = y * refs.wide[pl.ds(row, 1), :]
+            row = (first + at) // plan.group
+            y = y * refs.wide[step, row : row + 1, :]
         total = total + y
     refs.total[...] = total
 
