@@ -14,11 +14,16 @@ from qjax.core.qtensor import QTensor, is_quantized
 from qjax.io import awq, bitsandbytes, compressed_tensors, gptq, hqq
 from qjax.io.folder import published
 from qjax.io.fused import Stored, warn_of_unlike
-from qjax.io.huggingface import find_folder, read_config, with_coded_cache
+from qjax.io.huggingface import (
+    find_folder,
+    leaf_shapes,
+    read_config,
+    with_coded_cache,
+)
 from qjax.io.matrices import Matrix
 from qjax.io.modelcard import model_card
 from qjax.io.modules import Linear, Writer
-from qjax.io.named import NamedLeaf, named_leaves
+from qjax.io.named import NamedLeaf, check_whole, named_leaves
 from qjax.io.shard_writer import ShardWriter
 from qjax.io.shards import read_json
 from qjax.models.coded_cache import holds_cache_scales
@@ -83,8 +88,8 @@ def export(
     Raises:
       FileExistsError: `path` exists.
       FileNotFoundError: there is no such model.
-      ValueError: `format` is unknown or cannot hold a leaf, which the message names; or
-        no leaf is quantized.
+      ValueError: `format` is unknown or cannot hold a leaf; the leaves are not those of
+        `model`, each of its shape, and the message names one; or none is quantized.
 
     Warns:
       QuantizationWarning: linears that vLLM runs as one are not stored alike.
@@ -129,6 +134,7 @@ def _write(
             "compressed-tensors can"
         )
     config = with_coded_cache(config, source) if coded_cache else config
+    check_whole(leaf_shapes(module, config), qparams)
     writer, linears, schemes = FORMATS[format], list[Linear](), Counter[str]()
     stored: dict[str, Stored] = {}
     dtype = None

@@ -38,6 +38,7 @@ from qjax.io.suitable import (
 from qjax.models import Function, architecture, functional
 from qjax.models.fields import Fields
 from qjax.models.names import Name, spellings
+from qjax.trace.paths import flatten_with_paths
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
 
@@ -134,6 +135,15 @@ def load_shell(
     module, config = read_config(folder)
     config = with_coded_cache(config, folder) if coded_cache else config
     return _abstract(module, config, scan_layers)[0], config
+
+
+def leaf_shapes(module: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of a model with unrolled layers, by its path."""
+    return _by_path(_abstract(module, config, scan_layers=False)[1])
+
+
+def _by_path(shapes: Any) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten_with_paths(shapes)}
 
 
 def find_folder(path_or_id: str | Path) -> Path:
@@ -278,11 +288,7 @@ def find_sources(
     Raises:
       ValueError: a tensor is missing or has a wrong shape.
     """
-    expected = {
-        "/".join(key.key for key in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
-    }
-    sources = {}
+    expected, sources = _by_path(shapes), {}
     for name in module.names(config):
         for source in _expand(
             name, config, tensors, module, scan_layers, expected, quantized

@@ -1,6 +1,7 @@
 """The leaves of a model under the names of Hugging Face's tensors."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from itertools import product
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -75,6 +76,42 @@ def named_leaves(module: ModuleType, config: Any, params: Any) -> Iterator[Named
                 yield from _slices(row, config, leaves[path], None, layer)
     for path in leaves:
         if path not in used:
+            raise ValueError(
+                f"{path} has no name in a Hugging Face checkpoint of this model"
+            )
+
+
+def check_whole(shapes: Mapping[str, tuple[int, ...]], params: Any) -> None:
+    """Refuse parameters that are not all of a model's, each of its shape.
+
+    Args:
+      shapes: of the model's leaves, by their paths with unrolled layers.
+      params: with unrolled layers, or with stacked ones, `[layers, ...]`.
+
+    Raises:
+      ValueError: a leaf is missing, is none of the model's or has another shape.
+    """
+    leaves = {path: tuple(leaf.shape) for path, leaf in flatten_with_paths(params)}
+    expected, layers = dict[str, tuple[int, ...]](), dict[str, int]()
+    for path, shape in shapes.items():
+        stacked = re.sub(r"^layers/\d+/", "layers/", path)
+        if stacked != path and stacked in leaves:
+            layers[stacked] = layers.get(stacked, 0) + 1
+            path, shape = stacked, (layers[stacked], *shape)
+        expected[path] = shape
+    for path, shape in expected.items():
+        if path not in leaves:
+            raise ValueError(
+                f"the parameters have no leaf {path}, of which the model's config.json "
+                f"expects the shape {list(shape)}"
+            )
+        if leaves[path] != shape:
+            raise ValueError(
+                f"{path} has shape {list(leaves[path])}, the model's config.json "
+                f"expects {list(shape)}"
+            )
+    for path in leaves:
+        if path not in expected:
             raise ValueError(
                 f"{path} has no name in a Hugging Face checkpoint of this model"
             )

@@ -221,3 +221,51 @@ def test_the_command(small: Any, tmp_path: Path, capfd: Any):
     jax.tree.map(np.testing.assert_array_equal, back, small.quantized(W4))
     with pytest.raises(ValueError, match="is already quantized"):
         open_model(str(tmp_path / "ct"), in_float=True)
+
+
+def _without(tree: Any, *path: str) -> Any:
+    """The tree without what is under a path."""
+    key, *rest = path
+    kept = {k: v for k, v in tree.items() if k != key}
+    return kept | {key: _without(tree[key], *rest)} if rest else kept
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_leaves_that_are_not_all_of_the_models(
+    small: Any, tmp_path: Path, scan_layers: bool
+):
+    qparams = small.quantized(W4)
+    if not scan_layers:
+        whole = export(tmp_path / "whole", qparams, model=small.folder)
+        qparams = load_weights(whole)[1]
+    layer = () if scan_layers else ("1",)
+
+    def refused(params: Any, message: str, model: Path = small.folder) -> None:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            export(tmp_path / "out", params, model=model)
+        assert not (tmp_path / "out").exists()
+
+    refused(_without(qparams, "embed"), r"the parameters have no leaf embed/embedding")
+    for path in ((*layer, "mlp", "up_proj", "kernel"), (*layer, "attn"), layer):
+        if path:
+            refused(
+                _without(qparams, "layers", *path), "the parameters have no leaf la"
+            )
+    norm = {**qparams, "norm": {"scale": jnp.ones(63)}}
+    refused(
+        norm, r"norm/scale has shape \[63\], the model's config.json expects \[64\]"
+    )
+    config = json.loads((small.folder / "config.json").read_text())
+    sizes = {
+        "num_hidden_layers": (1, 3),
+        "intermediate_size": (64,),
+        "vocab_size": (63,),
+    }
+    other = tmp_path / "other"
+    other.mkdir()
+    for name, value in ((n, v) for n, values in sizes.items() for v in values):
+        (other / "config.json").write_text(json.dumps(config | {name: value}))
+        message = r"(layers|embed)/.* has shape .*, the model's config.json expects "
+        if name == "num_hidden_layers" and not scan_layers:
+            message = "(layers/1/.* has no name|the parameters have no leaf layers/2/)"
+        refused(qparams, message, other)
