@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.blocksolver import enter, planned, solve_block
+from qjax.core.statistics import Cross
 from qjax.leaves import Leaves
 from qjax.outcomes import check, check_ranges, site_report
 from qjax.placement import NOWHERE, Placement
@@ -21,9 +22,14 @@ from qjax.report import SiteReport
 from qjax.sitesolver import Problem, solve_sites, statistics_of
 from qjax.solving import Job, Piece, Pieces, site_key, tensor_of
 from qjax.trace.blocks import block_points
+from qjax.trace.paired import unpaired
 from qjax.trace.rows import Accumulator, Seen, mask_fits, refusal
 from qjax.trace.stream import Lane, LeafKey, Point, Stream, find_points, key_of
 
+UNPAIRED = (
+    "the experts' rows are sorted by each stream's own routing inside {}: the drift of "
+    "the input was taken as zero"
+)
 MASK_UNFIT = "the mask does not fit {}: padding was counted"
 
 
@@ -91,6 +97,7 @@ class Pass:
             points,
             self.leaves.read,
             full=any(getattr(step, "full_precision", False) for step in needs),
+            paired=any(map(_drifts, needs)),
             offload=self.options.offload,
         )
 
@@ -269,15 +276,27 @@ class Pass:
         remark = refusal(op)
         if remark:
             return seen, remark
+        apart = self.apart(point) if Cross() in statistics.values() else ""
+        unfit = ""
         for number, op, x, full, rest in self.stream.inputs(point):
+            full = x if apart else full
             mask = self.masks[number]
             if mask is not None and not mask_fits(op, x, mask):
-                remark = MASK_UNFIT.format("the tokens here")
+                unfit = MASK_UNFIT.format("the tokens here")
                 mask = None
             seen = self.accumulator.update(
                 statistics, op, seen, x, full, rest, mask, move
             )
-        return seen, remark
+        remarks = unfit, UNPAIRED.format(apart) if apart else ""
+        return seen, "; ".join(filter(None, remarks))
+
+    def apart(self, point: Point) -> str:
+        """What keeps the rows of experts from being paired; empty if they are."""
+        if point.meetings[0].call.kind != "ragged_dot":
+            return ""
+        places = zip(self.lanes, point.places)
+        found = (unpaired(lane.tape, place) for lane, (place, _) in places)
+        return next(filter(None, found), "")
 
     def keep(
         self, key: LeafKey, problem: Problem, each: Any, seconds: float, remark: str,
@@ -337,6 +356,11 @@ class Pass:
         where = dict(self.lanes[0].tape.closed).get(key[0])
         remark = f"inside {where}, which is not opened" if where else "not reached"
         self.keep(key, problem, each, seconds, remark, self.leaves.move(key))
+
+
+def _drifts(step: Any) -> bool:
+    """Whether a step compares rows of the two streams."""
+    return Cross() in getattr(step, "statistics", {}).values()
 
 
 def _widened(move: Any, lead: tuple[int, ...]) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.trace.liveness import LeafKey, last_uses
 from qjax.trace.segments import Segment, evaluate, live
-from qjax.trace.stream import Lane, LeafKey, Point, block_of, last_uses
+from qjax.trace.stream import Lane, Point, block_of
 from qjax.trace.tape import Meeting, Op, Tape
 
 Span = tuple[int, int]

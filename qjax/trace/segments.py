@@ -133,6 +133,17 @@ def evaluate(tape: Tape, segment: Segment, leaves: Any, consts: Any, ins: Any) -
     """
     held = dict(zip(segment.leaves, leaves))
     env = dict(zip(segment.constants, consts)) | dict(zip(segment.ins, ins))
+    read = reader(tape, held, env)
+    for op in segment.ops:
+        with compat.context(op.eqn):
+            env |= dict(zip(op.outs, outputs_of(op, tape, read, held)))
+    return [env[x] for x in segment.outs]
+
+
+def reader(
+    tape: Tape, held: dict[Any, Any], env: dict[int, Any]
+) -> Callable[[Any], Any]:
+    """What an operand is: written on the tape, made of a leaf, or in `env`."""
 
     def read(x: Any) -> Any:
         if isinstance(x, Known):
@@ -141,10 +152,7 @@ def evaluate(tape: Tape, segment: Segment, leaves: Any, consts: Any, ins: Any) -
             return _made(tape.weights[x], held)
         return tape.written[x] if x in tape.written else env[x]
 
-    for op in segment.ops:
-        with compat.context(op.eqn):
-            env |= dict(zip(op.outs, _outputs(op, tape, read, held)))
-    return [env[x] for x in segment.outs]
+    return read
 
 
 def _made(weight: Weight, held: dict[Any, Any]) -> Any:
@@ -154,9 +162,10 @@ def _made(weight: Weight, held: dict[Any, Any]) -> Any:
     return weight.make(layer.dequantize() if isinstance(layer, QTensor) else layer)
 
 
-def _outputs(
+def outputs_of(
     op: Op, tape: Tape, read: Callable[[Any], Any], held: dict[Any, Any]
 ) -> list[Any]:
+    """What an operation gives, given its operands and the layers of leaves."""
     if isinstance(op, Meeting):
         leaf = held[op.weight.leaf, op.weight.index]
         if isinstance(leaf, QTensor):
@@ -248,10 +257,15 @@ class Programs:
         """The segment's outputs."""
         if not segment.outs:
             return []
-        given = jax.tree.map(_typed, (leaves, consts, ins))
+        code = Code(segment.key, (tape, segment))
+        return self.call(run_code, code, leaves, consts, ins)
+
+    def call(self, program: Callable[..., Any], code: Code, *given: Any) -> Any:
+        """A compiled program of a segment, counted."""
+        given = jax.tree.map(_typed, given)
         shapes = tuple(str(jax.typeof(x)) for x in jax.tree.leaves(given))
-        self.used.add((segment.key, jax.tree.structure(given), shapes))
-        return run_code(Code(segment.key, (tape, segment)), *given)
+        self.used.add((program, code.key, jax.tree.structure(given), shapes))
+        return program(code, *given)
 
     def value(self, tape: Tape, x: Any, leaves: Callable[[Segment], Any]) -> Any:
         """A value that no stretch of the tape gives: constant, free, or a leaf."""

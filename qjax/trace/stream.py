@@ -16,14 +16,13 @@ import numpy as np
 
 from qjax.core.qtensor import QTensor, Stacked
 from qjax.trace.free import on_host
+from qjax.trace.liveness import LeafKey, last_uses, leaf_reads, overlap
+from qjax.trace.paired import decides, run_pair
 from qjax.trace.program import Program
 from qjax.trace.regions import Visitor, stacked
 from qjax.trace.segments import Programs, Segment, cut
 from qjax.trace.tape import Meeting, Op, Region, Tape
 from qjax.trace.writer import write_tape
-
-LeafKey = tuple[int, tuple[int, ...]]
-"""A layer of a leaf: the leaf's number, and layer numbers of its leading axes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +176,7 @@ class Stream:
       points: where it stops.
       read: the float layer of a leaf.
       full: whether the full-precision stream runs too.
+      paired: whether that stream moves its rows as the quantized one does.
       offload: whether activations wait on the host.
       programs: compiled segments.
       solved: quantized layers of leaves, used in place of the float ones.
@@ -186,6 +186,7 @@ class Stream:
     points: Sequence[Point]
     read: Callable[[LeafKey], Any]
     full: bool = False
+    paired: bool = False
     offload: bool = False
     programs: Programs = field(default_factory=Programs)
     solved: dict[LeafKey, Any] = field(default_factory=dict)
@@ -199,7 +200,7 @@ class Stream:
             for lane in self.lanes
         ]
         self.last = [last_uses(lane.tape) for lane in self.lanes]
-        self.leaf_reads = [_leaf_reads(lane.tape) for lane in self.lanes]
+        self.leaf_reads = [leaf_reads(lane.tape) for lane in self.lanes]
         for last, lane in zip(self.last, self.values):
             for env in lane:
                 for v in [v for v in env if last[v] < 0]:
@@ -265,7 +266,7 @@ class Stream:
             if last >= place
         ]
         for key in list(self.solved):
-            if not any(_overlap(key, other) for other in read_later):
+            if not any(overlap(key, other) for other in read_later):
                 del self.solved[key]
 
     def _advance(self, number: int, start: int, stop: int) -> None:
@@ -273,12 +274,14 @@ class Stream:
         made = [out for op in lane.tape.ops[start:stop] for out in op.outs]
         wanted = [v for v in made if last[v] >= stop and v not in lane.tape.free]
         segment = cut(lane.tape, start, stop, wanted)
-        self._run(
-            lane, segment, self.values[number], self.current_leaves(segment), stop, last
-        )
+        streams = [(self.values[number], self.current_leaves(segment))]
         if self.full:
-            leaves = self.float_leaves(segment)
-            self._run(lane, segment, self.full_values[number], leaves, stop, last)
+            streams.append((self.full_values[number], self.float_leaves(segment)))
+        if self.full and self.paired and segment.outs and decides(segment.ops):
+            self._run_pair(lane, segment, streams, stop, last)
+            return
+        for values, leaves in streams:
+            self._run(lane, segment, values, leaves, stop, last)
 
     def current_leaves(self, segment: Segment) -> list[Any]:
         """The layers of leaves that a stretch reads, as they now are."""
@@ -310,12 +313,30 @@ class Stream:
         for env in values:
             ins = [env[v] for v in segment.ins]
             outs = self.programs.run(lane.tape, segment, leaves, constants, ins)
-            if self.offload:
-                outs = [on_host(x) for x in outs]
-            for v in segment.ins:
-                if last[v] < stop:
-                    env.pop(v, None)
-            env |= dict(zip(segment.outs, outs))
+            self._take(segment, env, outs, stop, last)
+
+    def _run_pair(
+        self, lane: Lane, segment: Segment, streams: Any, stop: int,
+        last: dict[int, int],
+    ) -> None:  # fmt: skip
+        values, leaves = zip(*streams)
+        constants = [lane.tape.constants[c] for c in segment.constants]
+        for envs in zip(*values):
+            ins = [[env[v] for v in segment.ins] for env in envs]
+            pair = run_pair(self.programs, lane.tape, segment, leaves, constants, ins)
+            for env, outs in zip(envs, pair):
+                self._take(segment, env, outs, stop, last)
+
+    def _take(
+        self, segment: Segment, env: dict[int, Any], outs: Sequence[Any], stop: int,
+        last: dict[int, int],
+    ) -> None:  # fmt: skip
+        if self.offload:
+            outs = [on_host(x) for x in outs]
+        for v in segment.ins:
+            if last[v] < stop:
+                env.pop(v, None)
+        env |= dict(zip(segment.outs, outs))
 
     def inputs(self, point: Point) -> Iterator[tuple[int, Meeting, Any, Any, Any]]:
         """For each batch: number, meeting, activation, full-precision one, operands.
@@ -368,27 +389,3 @@ def settled(leaf: Any) -> Any:
 @jax.jit
 def _decode(leaf: Any) -> Any:
     return leaf.dequantize()
-
-
-def _leaf_reads(tape: Tape) -> dict[LeafKey, int]:
-    """The place of the last operation that reads each layer of each leaf."""
-    found: dict[LeafKey, int] = {}
-    for i, read in enumerate((*(op.ins for op in tape.ops), tape.outputs)):
-        for x in read:
-            weight = tape.weights.get(x) if isinstance(x, int) else None
-            if weight is not None:
-                found[weight.leaf, weight.index] = i
-    return found
-
-
-def _overlap(a: LeafKey, b: LeafKey) -> bool:
-    """Whether two keys share a part of a leaf."""
-    return a[0] == b[0] and all(x == y for x, y in zip(a[1], b[1]))
-
-
-def last_uses(tape: Tape) -> dict[int, int]:
-    """The place of the last operation that reads each value; -1 where none does."""
-    last = dict.fromkeys(tape.avals, -1)
-    for i, op in enumerate(tape.ops):
-        last |= {x: i for x in op.ins if isinstance(x, int)}
-    return last | {x: len(tape.ops) for x in tape.outputs if isinstance(x, int)}
