@@ -36,6 +36,7 @@ from qjax.report import LeafReport, Report
 from qjax.solving import BATCH_BYTES, Job, Pieces, gather, solve_all, tensor_of
 from qjax.streaming import Options
 from qjax.trace.paths import flatten_with_paths
+from qjax.trace.program import trace
 from qjax.trace.sites import Sites, sites
 
 
@@ -98,7 +99,8 @@ def quantize_with_report(
       offload: keep activations on the host between the segments of the program.
       resume: a folder in which finished blocks are kept; a run that was killed and is
         started again with the same arguments continues after the last of them, with the
-        same result bit for bit. Only for recipes that need data.
+        same result bit for bit; a folder of a run with other arguments is refused, see
+        `qjax.io.journal.fingerprint`. Only for recipes that need data.
       mesh: devices with the axes "data" (calibration batches) and "model" (output
         features of the solvers), of one process or of several that are given the same
         arguments; the order of sums then differs from one device's.
@@ -133,8 +135,9 @@ def quantize_with_report(
             given = _batches(batches)
             journal = None
             if resume is not None:
-                paths, values = zip(*leaves.items())
-                run = fingerprint(steps, paths, values, given, key)
+                masks = [None if mask_fn is None else mask_fn(*b) for b in given]
+                program = trace(f, params, given[0])
+                run = fingerprint(steps, program, given, masks, key, mesh)
                 several = jax.process_count() > 1
                 own = f"process-{jax.process_index()}" if several else ""
                 journal = open_journal(Path(resume) / own, run)

@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import qjax
-from qjax.io.journal import Journal, open_journal
+from qjax.core.lazy import LazyLeaf
+from qjax.io.journal import Journal, fingerprint, open_journal
+from qjax.io.shards import read_header
+from qjax.trace.program import trace
 
 WORKER = """
 import os, signal, sys
@@ -142,6 +146,83 @@ def test_large_activations_are_not_kept(tmp_path):
     assert journal.keep_live(1, {"at": 1, "x": jnp.zeros(25)})
     assert journal.keep_live(2, {"at": 1, "x": jnp.ones(25)})
     assert journal.numbers("live") == [2]
+
+
+def small(p, x):
+    return jnp.tanh((x * p["norm"]) @ p["up"]) @ p["down"]
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    up, down = (rng.normal(size=s).astype(np.float32) for s in ((16, 32), (32, 16)))
+    return {"norm": np.ones(16, np.float32), "up": up, "down": down}
+
+
+def first_tokens(x):
+    return (jnp.arange(x.shape[0]) < 10).astype(jnp.float32)
+
+
+X = np.random.default_rng(2).normal(size=(24, 16)).astype(np.float32)
+
+
+OTHERS = {
+    "parameters": {"params": draw(1)},
+    "f": {"f": lambda p, x: small(p, jnp.sin(x))},
+    "mask_fn": {"mask_fn": first_tokens},
+    "calibration": {"calibration": [(X[::-1],)]},
+}
+
+
+def test_a_run_with_another_argument_is_refused(tmp_path):
+    """Two models that share their gains, another function, another mask."""
+    recipe = qjax.GPTQ(weights=qjax.Int(4, qjax.channel()))
+    known = {"f": small, "params": draw(0), "recipe": recipe, "calibration": [(X,)]}
+
+    def start(**other):
+        given = {**known, **other}
+        quantize = qjax.quantize
+        return quantize(**given, progress=False, resume=tmp_path / "journal")
+
+    first = start()
+    assert equal(start(), first)
+    for name, other in OTHERS.items():
+        refused = f"is the journal of another run: {name} differ"
+        with pytest.raises(ValueError, match=refused):
+            start(**other)
+
+
+def printed(program):
+    return fingerprint((), program, [(X,)], [None])
+
+
+def test_captured_arrays_and_lazy_leaves_count(tmp_path):
+    params, other = draw(0), draw(1)
+    one = printed(trace(lambda p, x: small(p, x * X[:, :1]), params, (X,)))
+    two = printed(trace(lambda p, x: small(p, x * X[:, 1:2]), params, (X,)))
+    assert [name for name in one if one[name] != two[name]] == ["f"]
+
+    def lazy(array, stamp=""):
+        return LazyLeaf(
+            array.shape, array.dtype, lambda: jnp.asarray(array), None, stamp
+        )
+
+    def known(params, stamp=""):
+        leaves = {name: lazy(x, stamp) for name, x in params.items()}
+        return printed(trace(small, leaves, (X,)))["parameters"]
+
+    assert known(params) == known(draw(0))
+    assert (
+        len({known(params), known(other), known(params, "a"), known(params, "b")}) == 4
+    )
+
+
+def test_the_stamp_of_a_tensor_is_another_after_its_file_has_changed(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({"x": X}, file)
+    before = read_header(file)["x"].stamp
+    assert read_header(file)["x"].stamp == before
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert read_header(file)["x"].stamp != before
 
 
 def test_another_run_is_refused(tmp_path):

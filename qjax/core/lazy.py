@@ -20,6 +20,8 @@ class LazyLeaf:
       read: reads it, anew on every call; the caller drops it when done.
       read_layer: reads one index of the first axis alone, where the leaf is a stack of
         layers that are stored apart; None where only the whole can be read.
+      stamp: equal for equal content, and known without reading it: place in the file,
+        the file's size and time of change. Empty where only the content tells.
     """
 
     shape: tuple[int, ...]
@@ -28,6 +30,7 @@ class LazyLeaf:
     read_layer: Callable[[int], jax.Array] | None = dataclasses.field(
         default=None, repr=False
     )
+    stamp: str = ""
 
     @property
     def ndim(self) -> int:

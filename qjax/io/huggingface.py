@@ -386,4 +386,5 @@ def _leaf(source: Source, dtype: Any, sharding: Sharding, lazy: bool) -> Any:
     if not lazy:
         return read()
     apart = bool(source.lead) and sharding is None
-    return LazyLeaf(source.shape, dtype, read, read_layer if apart else None)
+    stamp = "; ".join(tensor.stamp for tensor in source.tensors)
+    return LazyLeaf(source.shape, dtype, read, read_layer if apart else None, stamp)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ import numpy as np
 from qjax.core.lazy import LazyLeaf
 from qjax.io.checkpoint import read_manifest, restore, save
 from qjax.io.describe import describe
+from qjax.trace.free import is_key
+from qjax.trace.program import Program
+from qjax.trace.segments import text_of
 
 KEEP_BYTES = 2**31
 RUN = "run.json"
@@ -105,23 +108,73 @@ def open_journal(
     return Journal(path, keep_bytes)
 
 
-def fingerprint(recipe: Any, paths: Any, leaves: Any, batches: Any, key: Any) -> dict:
-    """What makes two runs the same: recipe, parameters, data, key and JAX version.
+def fingerprint(
+    recipe: Any,
+    program: Program,
+    batches: Sequence[Any],
+    masks: Sequence[Any],
+    key: Any = None,
+    mesh: Any = None,
+) -> dict[str, Any]:
+    """What makes two runs the same, each thing under the name that an error gives it.
 
-    Parameters count by path, shape and dtype, and the smallest of them by content.
+    Parameters count by path, shape, dtype and content. Those in memory are hashed
+    whole, about a second for a gigabyte. Those on disk are not read again: they count
+    by their place in their files, and the files by size and time of change
+    (`LazyLeaf.stamp`), so that a copy with another time is another run; only a lazy
+    leaf without a stamp is read. The function counts by its jaxpr with every array that
+    it captured, on the first batch.
+
+    Args:
+      recipe: the steps.
+      program: the function, traced on the first batch with its parameters.
+      batches: the calibration data.
+      masks: the token weights of every batch, or None.
+      key: for methods that draw random numbers.
+      mesh: the devices; the order of sums depends on their number.
     """
-    shapes = [(p, list(x.shape), str(x.dtype)) for p, x in zip(paths, leaves)]
-    smallest = min(leaves, key=lambda x: (int(np.prod(x.shape)), str(x.dtype)))
-    data = hashlib.sha256()
-    for x in jax.tree.leaves(batches):
-        data.update(np.ascontiguousarray(np.asarray(x)).tobytes())
-    value = smallest.read() if isinstance(smallest, LazyLeaf) else smallest
-    content = np.ascontiguousarray(np.asarray(value)).tobytes()
+    leaves = zip(program.paths, program.leaves)
+    axes = None if mesh is None else {str(a): n for a, n in mesh.shape.items()}
     return {
         "recipe": json.dumps(describe(recipe)),
-        "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
-        "smallest parameter": hashlib.sha256(content).hexdigest(),
-        "calibration": data.hexdigest(),
+        "parameters": _hashed(part for path, x in leaves for part in _leaf(path, x)),
+        "f": hashlib.sha256(
+            text_of(program.jaxpr, program.consts).encode()
+        ).hexdigest(),
+        "calibration": _hashed(jax.tree.leaves(batches)),
+        "mask_fn": _hashed(masks),
+        "mesh": axes,
         "key": None if key is None else np.asarray(jax.random.key_data(key)).tolist(),
         "jax": jax.__version__,
     }
+
+
+def _leaf(path: str, leaf: Any) -> Iterator[Any]:
+    yield path
+    if isinstance(leaf, LazyLeaf):
+        yield f"{leaf.shape} {leaf.dtype} {leaf.stamp}"
+        yield from () if leaf.stamp else (leaf.read(),)
+    else:
+        yield from jax.tree.leaves(leaf)
+
+
+def _hashed(parts: Iterable[Any]) -> str:
+    """One hash of arrays and of text, in order."""
+    found = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        for x in _pieces(part):
+            found.update(f"{x.shape} {x.dtype} ".encode())
+            found.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return found.hexdigest()
+
+
+def _pieces(value: Any) -> list[np.ndarray]:
+    """An array as this process holds it."""
+    if isinstance(value, str) or value is None:
+        return [np.frombuffer(str(value).encode(), np.uint8)]
+    if not isinstance(value, jax.Array):
+        return [np.asarray(value)]
+    value = jax.random.key_data(value) if is_key(value) else value
+    if value.is_fully_addressable:
+        return [np.asarray(value)]
+    return [np.asarray(shard.data) for shard in value.addressable_shards]

@@ -5,6 +5,7 @@ equal: nested constants are compared by content, never by the text of a jaxpr.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -336,6 +337,11 @@ def _jaxpr(jaxpr: Any, consts: Sequence[Any]) -> Any:
     return top, rows, tuple(name(v) for v in jaxpr.outvars), held
 
 
+def text_of(jaxpr: Any, consts: Sequence[Any]) -> str:
+    """A program with what it captured as text that is the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(_jaxpr(jaxpr, consts)))
+
+
 def digest(value: Any) -> tuple[Any, ...]:
     """An array by its content."""
     if isinstance(value, jax.Array) and is_key(value):
@@ -351,6 +357,8 @@ def _static(value: Any) -> Any:
         return tuple((k, _static(value[k])) for k in sorted(value, key=str))
     if isinstance(value, (tuple, list)):
         return tuple(_static(v) for v in value)
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(map(_static, value), key=repr))
     if compat.is_jaxpr(value):
         return _jaxpr(*compat.body(value))
     if isinstance(value, (np.ndarray, jax.Array)):

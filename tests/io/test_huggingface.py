@@ -125,6 +125,8 @@ def test_lazy_leaves_read_what_eager_loading_gives(folder: Path, scan_layers: bo
     for leaf in jax.tree.leaves(lazy):
         assert isinstance(leaf, LazyLeaf)
         assert (leaf.shape, leaf.dtype) == (leaf.read().shape, leaf.read().dtype)
+    stamps = {leaf.stamp for leaf in jax.tree.leaves(lazy)}
+    assert len(stamps) == len(jax.tree.leaves(lazy))
     assert_trees_equal(jax.tree.map(lambda leaf: leaf.read(), lazy), params)
 
 
