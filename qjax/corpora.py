@@ -6,14 +6,15 @@ them. Evaluate on other texts (`qjax.data`): these are training splits.
 """
 
 import gzip
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qjax.data import Text, hub_dataset
+from qjax.io.jsontext import parse_json
 
 Row = Mapping[str, Any]
 TEXT, JSON, LINES = (".txt", ".md"), (".json",), (".jsonl", ".ndjson")
@@ -23,6 +24,8 @@ DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 # ShareGPT's names of who speaks, and those of chat templates.
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 COLUMNS = ("text", "sentence", "messages", "conversations", "instruction")
+# What reading a damaged file raises: no UTF-8, cut off, no gzip, or no deflated data.
+DAMAGE = (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error)
 WANTED = (*COLUMNS, "input", "output")
 
 
@@ -166,22 +169,46 @@ def row_text(row: Row, tokenizer: Any = None) -> tuple[str, bool]:
 def _messages(row: Row) -> list[dict[str, Any]]:
     """A row's conversation, in the names of chat templates."""
     if row.get("messages"):
-        return [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        return [
+            {"role": turn["role"], "content": turn["content"]}
+            for turn in _turns("messages", row["messages"], ("role", "content"))
+        ]
     if row.get("conversations"):
         return [
             {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]}
-            for turn in row["conversations"]
+            for turn in _turns("conversations", row["conversations"], ("from", "value"))
         ]
     if row.get("instruction"):
-        asked = "\n\n".join(x for x in (row["instruction"], row.get("input")) if x)
-        said = [{"role": "user", "content": asked}]
-        if row.get("output"):
-            said.append({"role": "assistant", "content": row["output"]})
-        return said
+        names = ("instruction", "input", "output")
+        said = {name: row.get(name) or "" for name in names}
+        _turns("instruction", [said], names)
+        asked = "\n\n".join(x for x in (said["instruction"], said["input"]) if x)
+        turns = [{"role": "user", "content": asked}]
+        if said["output"]:
+            turns.append({"role": "assistant", "content": said["output"]})
+        return turns
     raise ValueError(
         f"a row has the columns {', '.join(map(str, row))}, expected one of "
         f"{', '.join(COLUMNS)}"
     )
+
+
+def _turns(column: str, turns: Any, names: Sequence[str]) -> Sequence[Any]:
+    """The turns of a conversation, each with a text under every name.
+
+    Raises:
+      ValueError: one is something else.
+    """
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise ValueError(f"a row has {column} {turns!r}, expected a list of turns")
+    for turn in turns:
+        whole = isinstance(turn, Mapping)
+        if not whole or not all(isinstance(turn.get(name), str) for name in names):
+            raise ValueError(
+                f"a row has {column} with {turn!r}, expected texts under "
+                f"{' and '.join(names)}"
+            )
+    return turns
 
 
 def encoder(tokenizer: Any, *, strip: bool = False) -> Callable[[Row], list[int]]:
@@ -225,39 +252,27 @@ def _whole(path: Path) -> Iterator[Row]:
     try:
         with _open(path) as file:
             yield {"text": file.read()}
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except DAMAGE as error:
         raise ValueError(f"corpus file {str(path)!r} is damaged: {error}") from error
 
 
 def _list(path: Path) -> Iterator[Row]:
     for text in _whole(path):
-        try:
-            found = json.loads(text["text"])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"corpus file {str(path)!r} is no JSON: {error}") from None
+        found = parse_json(text["text"], f"corpus file {str(path)!r}")
         if not isinstance(found, list):
             raise ValueError(f"corpus file {str(path)!r} is no list of objects")
         yield from (_object(path, i, row) for i, row in enumerate(found, 1))
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    number = 1
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _object(path, number, _parsed(path, number, line))
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+                    where = f"corpus file {str(path)!r}: line {number}"
+                    yield _object(path, number, parse_json(line, where))
+    except DAMAGE as error:
         raise ValueError(f"corpus file {str(path)!r} is damaged: {error}") from error
-
-
-def _parsed(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        raise ValueError(
-            f"corpus file {str(path)!r}: line {number} is no JSON"
-        ) from None
 
 
 def _object(path: Path, number: int, row: Any) -> Row:

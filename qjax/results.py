@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from rich.table import Table
 
+from qjax.io.jsontext import parse_json
+
 PACKAGES = ("qjax", "jax", "jaxlib", "flax", "numpy", "ml_dtypes", "transformers")
 
 
@@ -63,8 +65,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
+# What a run writes itself, which changes nothing of how it came about.
+OUTPUTS = (":(top,exclude,glob)**/results/**", ":(top,exclude,glob)**/README.md")
+
+
 def git_commit() -> str | None:
-    """Commit of this source, with "-dirty" if files differ; None outside git."""
+    """Commit of this source, with "-dirty" if files differ; None outside git.
+
+    Files in folders called `results`, and the READMEs rendered from them, do not count.
+    """
     here = Path(__file__)
 
     def git(*command: str) -> subprocess.CompletedProcess[str]:
@@ -77,7 +86,8 @@ def git_commit() -> str | None:
         if git("ls-files", "--error-unmatch", here.name).returncode:
             return None
         commit = git("rev-parse", "HEAD")
-        dirty = git("status", "--porcelain", "--untracked-files=no").stdout
+        changed = ("status", "--porcelain", "--untracked-files=no", "--", ":/")
+        dirty = git(*changed, *OUTPUTS).stdout
     except FileNotFoundError:
         return None
     if commit.returncode:
@@ -113,14 +123,22 @@ def read(path: str | Path) -> list[Record]:
     if not path.is_file():
         raise FileNotFoundError(f"results file {str(path)!r} does not exist")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            records.append(Record(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"line {number} of {str(path)!r} is not a record: {error}"
-            ) from error
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"line {number} of {str(path)!r}"
+        records.append(_record(where, parse_json(line, where)))
     return records
+
+
+def _record(where: str, found: Any) -> Record:
+    """The record of a line, each field of its type."""
+    kinds = {"label": str, "config": object, "metrics": dict, "context": dict}
+    kinds["series"] = str | None
+    if not isinstance(found, dict) or not {"label", "config", "metrics"} <= set(found):
+        raise ValueError(f"{where} is not a record: it lacks label, config or metrics")
+    for name, value in found.items():
+        if name not in kinds or not isinstance(value, kinds[name]):
+            raise ValueError(f"{where} is not a record: {name} is {value!r}")
+    return Record(**found)
 
 
 def pareto(points: Sequence[tuple[int | float, int | float]]) -> list[int]:

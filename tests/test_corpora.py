@@ -98,6 +98,16 @@ def test_conversations_and_instructions_are_put_into_the_chat_template():
 def test_rows_that_cannot_be_read_are_named():
     with pytest.raises(ValueError, match="has the columns prompt, expected one of te"):
         corpora.row_text({"prompt": "x"}, Tokenizer())
+    turns = {
+        "messages": [{"role": "user"}],
+        "conversations": [{"from": "human", "value": 3}],
+        "instruction": {"a": 1},
+    }
+    for column, value in turns.items():
+        with pytest.raises(ValueError, match=f"a row has {column} with .*, expected"):
+            corpora.row_text({column: value}, Tokenizer())
+    with pytest.raises(ValueError, match="a row has messages 'hi', expected a list"):
+        corpora.row_text({"messages": "hi"}, Tokenizer())
     silent = Tokenizer()
     silent.chat_template = None
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
@@ -113,6 +123,10 @@ def test_rows_that_cannot_be_read_are_named():
         ("a.jsonl", b"3\n", "row 1 is no object"),
         ("a.jsonl", b'{"text": "\xff"}', "is damaged"),
         ("a.jsonl.gz", b"not gzip", "is damaged"),
+        ("a.jsonl.gz", gzip.compress(b"3" * 99)[:10] + b"\xff" * 30, "is damaged"),
+        ("a.txt.gz", gzip.compress(b"3" * 99)[:10] + b"\xff" * 30, "is damaged"),
+        ("a.json", b"[" * 100_000, "is no JSON: it is nested too deeply"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is no JSON: it is nested too deeply"),
         ("a.txt", b"\xff\xfe", "is damaged"),
         ("a.parquet", b"PAR1 and nothing", "is damaged"),
         ("a.csv", b"text\n", "is of an unknown kind"),

@@ -53,6 +53,26 @@ def test_what_json_cannot_hold_becomes_null(tmp_path):
     assert results.read(tmp_path / "a.jsonl")[0].metrics["kl"] is None
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1]",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"label": "x", "config": {}}',
+        b'{"label": 1, "config": {}, "metrics": {}}',
+        b'{"label": "x", "config": {}, "metrics": []}',
+        b'{"label": "x", "config": {}, "metrics": {}, "context": null}',
+        b'{"label": "x", "config": {}, "metrics": {}, "evil": 1}',
+    ],
+)
+def test_what_is_no_record_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(line)
+    with pytest.raises(ValueError, match=r"line 1 of .*(no JSON|is not a record)") as e:
+        results.read(tmp_path / "a.jsonl")
+    assert "\n" not in str(e.value)
+
+
 def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     results.append(path, record())
@@ -98,12 +118,20 @@ def test_commit_is_read_and_marked_when_files_differ(tmp_path, monkeypatch):
 
     source = tmp_path / "results.py"
     source.write_text("1")
+    outputs = [tmp_path / "a/results/b/c.jsonl", tmp_path / "a/README.md"]
+    outputs += [tmp_path / "results/d.jsonl", tmp_path / "README.md"]
+    for each in outputs:
+        each.parent.mkdir(parents=True, exist_ok=True)
+        each.write_text("1")
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "a")
     monkeypatch.setattr(results, "__file__", str(source))
     commit = results.git_commit()
     assert commit is not None and re.fullmatch("[0-9a-f]{40}", commit)
+    for each in outputs:  # what a run writes itself
+        each.write_text("2")
+    assert results.git_commit() == commit
     source.write_text("2")
     assert results.git_commit() == commit + "-dirty"
 
