@@ -1,9 +1,11 @@
 """The command line where calibration data is needed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -69,11 +71,22 @@ def test_quantize_calibrates_and_reports(folder, text, tmp_path, capfd):
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     f, params, _, _ = qjax.load_model(folder, scan_layers=True)
     rows = CalibrationText(text, samples=8, length=32).batches(open_model(str(folder)))
-    _, coded = qjax.quantize_cache(f, params, rows)
+    _, coded = qjax.quantize_cache(f, params, rows.batches)
     for each in ("k_scale", "v_scale"):  # those of the float model
         found = [tensors[f"model.layers.{i}.self_attn.{each}"] for i in range(2)]
         expected = coded["layers"]["attn"][each]
         np.testing.assert_allclose(np.stack(found), expected, rtol=1e-6)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, capfd):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "picture.png").mkdir()
+    for report in (".", "file/report.jsonl", "picture.jsonl", "report.png"):
+        code, _, err = run(
+            capfd, "quantize", tmp_path / "no-model", tmp_path / "made",
+            "--recipe", "gptq", "--calibration.report", tmp_path / report,
+        )  # fmt: skip
+        assert code == 1 and "--calibration.report" in err, err
 
 
 def test_a_transform_with_a_scheme_is_followed_by_rounding():
@@ -114,7 +127,8 @@ def test_texts_are_cut_as_papers_cut_them(tmp_path):
     options = {"text": file, "samples": 9, "length": 64, "batch": 4, "seed": 5}
 
     def found(cut):
-        batches = CalibrationText(cut=cut, **options).batches(model)
+        batches, mask_fn = CalibrationText(cut=cut, **options).batches(model)
+        assert mask_fn is None
         assert all(tokens.shape[0] <= 4 for (tokens,) in batches)
         return np.concatenate([tokens for (tokens,) in batches])
 
@@ -127,6 +141,41 @@ def test_texts_are_cut_as_papers_cut_them(tmp_path):
     flat = [t for i in order for t in (0, *map(ord, rows[i]["text"].strip()))]
     blocks = np.array(flat[: len(flat) // 16 * 16]).reshape(-1, 16)
     np.testing.assert_array_equal(found("awq"), blocks)
+
+
+@pytest.mark.parametrize("cut", ["smoothquant", "llmcompressor"])
+def test_documents_are_truncated_and_padded(tmp_path, cut):
+    """`datasets` shuffles with the same seed in both papers' code."""
+    rows = [{"text": f"{i}" + "ab" * (i % 50)} for i in range(60)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = of_letters(SimpleNamespace(context=80, vocabulary=128))
+    options = CalibrationText(file, cut=cut, samples=9, batch=4)
+    batches, mask_fn = options.batches(model)
+    assert mask_fn is not None
+    assert {tokens.shape for (tokens,) in batches} <= {(4, 64), (4, 80)}
+    found = {tuple(t[m]) for (x,) in batches for t, m in zip(x, mask_fn(x)) if m.any()}
+    data = datasets.Dataset.from_list(rows)
+    if cut == "llmcompressor":
+        data = data.select(range(9))
+    texts = data.shuffle(seed=42).select(range(9))["text"]
+    assert found == {(0, *map(ord, text))[:80] for text in texts}
+    if cut == "llmcompressor":
+        file.write_text(file.read_text().replace(json.dumps(rows[20]), "damaged"))
+        again, _ = replace(options, streaming=True).batches(model)
+        for (x,), (y,) in zip(batches, again, strict=True):
+            np.testing.assert_array_equal(x, y)
+    else:
+        with pytest.raises(ValueError, match="smoothquant chooses among all of them"):
+            replace(options, streaming=True).batches(model)
+
+
+def test_seeds_are_those_of_the_papers_code():
+    for cut, seed in (("drawn", 0), ("gptq", 0), ("awq", 42), ("smoothquant", 42)):
+        assert CalibrationText(cut=cut).choice_seed == seed
+        assert CalibrationText(cut=cut).method_seed == 0
+        own = CalibrationText(cut=cut, seed=7)
+        assert (own.choice_seed, own.method_seed) == (7, 7)
 
 
 def test_a_cut_needs_one_text_that_is_not_evaluated(tmp_path):

@@ -1,8 +1,10 @@
 """What calibrating subcommands take: a text to calibrate with, and where to run."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +13,19 @@ from qjax import cuts
 from qjax.commands.inputs import Model, TextOptions
 from qjax.corpora import encoder, load_corpus
 from qjax.data import Text, encode_text, windows
+
+Cut = Literal["drawn", "gptq", "awq", "smoothquant", "llmcompressor"]
+# The cuts whose papers' code shuffles documents, each with the seed 42.
+SHUFFLED = ("awq", "smoothquant", "llmcompressor")
+# Lengths that padded documents are brought to, so that few programs are compiled.
+BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Batched(NamedTuple):
+    """Batches of calibration, and the `mask_fn` of padded ones (None: no padding)."""
+
+    batches: list[tuple[np.ndarray, ...]]
+    mask_fn: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,18 +85,35 @@ class CalibrationText:
     dataset: str | None = None
     """A named text: pydoc (the default, offline), wikitext2, c4 or ptb; with --cut
     training text: wikitext2, c4, ptb, pile or ultrachat."""
-    cut: Literal["drawn", "gptq", "awq"] = "drawn"
+    cut: Cut = "drawn"
     """How windows are cut: side by side, some of them drawn; at random places of the
-    text, as GPTQ; or out of short documents in random order, joined, as AWQ."""
+    text, as GPTQ; out of short documents in random order, joined, as AWQ; or documents,
+    truncated and padded: in random order, as SmoothQuant, or the first ones, as
+    llm-compressor's examples."""
+    streaming: bool = False
+    """Read documents only as far as they are asked for (--cut llmcompressor)."""
     samples: int = 128
-    """Windows (with awq, documents) to calibrate with, drawn at random; fewer if the
-    text is short."""
+    """Windows (with awq, smoothquant and llmcompressor, documents) to calibrate with,
+    drawn at random; fewer if the text is short."""
     length: int = 512
     """Tokens in a window, at most the model's context."""
     batch: int = 4
     """Windows in a batch."""
-    seed: int = 0
-    """Of the choice of windows, and of what methods draw."""
+    seed: int | None = None
+    """Of the choice of windows, and of what methods draw (0; of the choice with --cut
+    awq, smoothquant and llmcompressor 42, as in their code)."""
+
+    @property
+    def choice_seed(self) -> int:
+        """Of the choice of windows."""
+        if self.seed is not None:
+            return self.seed
+        return 42 if self.cut in SHUFFLED else 0
+
+    @property
+    def method_seed(self) -> int:
+        """Of what methods draw."""
+        return self.seed or 0
 
     def load(self) -> Text:
         """The text. Raises ValueError if two are asked for, OSError if none is had."""
@@ -90,8 +122,8 @@ class CalibrationText:
 
     def batches(
         self, model: Model, evaluated: tuple[Text, int] | None = None
-    ) -> list[tuple[np.ndarray, ...]]:
-        """The batches.
+    ) -> Batched:
+        """The batches, and what leaves padding out of them.
 
         Args:
           model: whose tokenizer and context count.
@@ -109,8 +141,20 @@ class CalibrationText:
         if model.tokenizer is None:
             raise ValueError(f"{model.name} has no tokenizer to read the text with")
         length = min(self.length, getattr(model.config, "context", None) or self.length)
+        if self.streaming and self.cut != "llmcompressor":
+            raise ValueError(
+                "--calibration.streaming reads the first documents alone, which is "
+                f"--calibration.cut llmcompressor; {self.cut} chooses among all of them"
+            )
         if self.cut != "drawn":
-            return self._batched(self._cut(model.tokenizer, length, evaluated))
+            rows = self._cut(model.tokenizer, length, evaluated)
+            if isinstance(rows, np.ndarray):
+                return self._batched(rows)
+            shorter = [each for each in BUCKETS if each < length]
+            vocabulary = model.config.vocabulary
+            return Batched(
+                *cuts.padded(rows, vocabulary, self.batch, (*shorter, length))
+            )
         text = self.load()
         tokens = encode_text(model.tokenizer, text)
         if evaluated is not None and evaluated[0].sha256 == text.sha256:
@@ -122,16 +166,17 @@ class CalibrationText:
                     "--calibration.dataset"
                 )
         return self._batched(
-            drawn(windows(tokens, length).tokens, self.samples, self.seed)
+            drawn(windows(tokens, length).tokens, self.samples, self.choice_seed)
         )
 
-    def _batched(self, rows: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-        return [(rows[i : i + self.batch],) for i in range(0, len(rows), self.batch)]
+    def _batched(self, rows: np.ndarray) -> Batched:
+        starts = range(0, len(rows), self.batch)
+        return Batched([(rows[i : i + self.batch],) for i in starts])
 
     def _cut(
         self, tokenizer: Any, length: int, evaluated: tuple[Text, int] | None
-    ) -> np.ndarray:
-        """Rows as GPTQ or AWQ cut them."""
+    ) -> np.ndarray | list[np.ndarray]:
+        """Rows as GPTQ or AWQ cut them, or truncated documents."""
         if (self.text is None) == (self.dataset is None):
             raise ValueError(
                 f"--calibration.cut {self.cut} needs one of --calibration.text and "
@@ -141,27 +186,29 @@ class CalibrationText:
             raise ValueError(
                 f"{self.text} is evaluated: give another --calibration.text"
             )
-        corpus = load_corpus(self.text or str(self.dataset))
+        corpus = load_corpus(self.text or str(self.dataset), streaming=self.streaming)
         rows: Any = corpus.rows
+        if self.cut == "llmcompressor":
+            rows = list(itertools.islice(rows, self.samples))
+        seed, encode = self.choice_seed, encoder(tokenizer, strip=self.cut == "awq")
         if self.cut == "awq":
-            encode, mixed = (
-                encoder(tokenizer, strip=True),
-                cuts.shuffled(rows, self.seed),
-            )
+            mixed = cuts.shuffled(rows, seed)
             return cuts.blocks(mixed, encode, self.samples, length)
+        if self.cut in SHUFFLED:
+            mixed = cuts.shuffled(rows, seed)
+            return cuts.first_documents(mixed, encode, self.samples, length)
         if self.dataset == "c4":
-            encode = encoder(tokenizer)
-            return cuts.document_windows(rows, encode, self.samples, length, self.seed)
+            return cuts.document_windows(rows, encode, self.samples, length, seed)
         tokens = encode_text(tokenizer, corpus.text(tokenizer))
-        return cuts.random_windows(tokens, self.samples, length, self.seed)
+        return cuts.random_windows(tokens, self.samples, length, seed)
 
     def origin(self) -> dict[str, Any]:
         """What the rows are of, for results."""
         if self.cut != "drawn":
             name = self.text.name if self.text else self.dataset
-            return {"name": name, "cut": self.cut, "seed": self.seed}
+            return {"name": name, "cut": self.cut, "seed": self.choice_seed}
         text = self.load()
-        return {"name": text.name, "sha256": text.sha256, "seed": self.seed}
+        return {"name": text.name, "sha256": text.sha256, "seed": self.choice_seed}
 
 
 @dataclass(frozen=True)
@@ -175,6 +222,28 @@ class CalibrationOptions(CalibrationText):
     report: Path | None = None
     """Write what happened at every site: JSON lines here, a picture beside it."""
     mesh: MeshOptions = field(default_factory=MeshOptions)
+
+    def check_report(self) -> None:
+        """Refuse a report that could not be written once the work is done.
+
+        Raises:
+          ValueError: it is a folder, lies in a file, or is named as its picture.
+        """
+        report = self.report
+        if report is None:
+            return
+        over = next(each for each in report.absolute().parents if each.exists())
+        picture = report.with_suffix(".png")
+        if report.is_dir() or picture.is_dir() or not over.is_dir():
+            raise ValueError(
+                f"--calibration.report {report} and {picture.name} beside it cannot be "
+                "files: give the name of a file"
+            )
+        if picture == report:
+            raise ValueError(
+                f"--calibration.report {report} is the name of its picture: give one "
+                "that ends in .jsonl"
+            )
 
 
 def drawn(rows: np.ndarray, samples: int, seed: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from rich.progress import (
 
 from qjax import results
 from qjax.catalogue import COMPARED, Named, expanded
-from qjax.commands.calibration import CalibrationText
+from qjax.commands.calibration import Batched, CalibrationText
 from qjax.commands.inputs import Dtype, Model, TextOptions, open_model
 from qjax.commands.memory import PeakMemory
 from qjax.commands.output import wide_console
@@ -64,22 +64,22 @@ class Compare:
         text, model = self.text.load(), open_model(self.model, in_float=True)
         tokens, protocol = self.text.encode(text, model)
         context = self._context(model, text, tokens)
-        batches: Batches = []
+        calibration = Batched([])
         if any(calibrated(one.recipe) for one in chosen):
-            batches = self.calibration.batches(model, (text, tokens.size))
-            context |= {"calibration": self._calibration(batches)}
+            calibration = self.calibration.batches(model, (text, tokens.size))
+            context |= {"calibration": self._calibration(calibration.batches)}
         lines = self.out / "compare.jsonl"
         lines.unlink(missing_ok=True)
         records = []
         for record in _rows(
             model,
             chosen,
-            batches,
+            calibration,
             tokens,
             protocol,
             self.dtype,
             context,
-            self.calibration.seed,
+            self.calibration.method_seed,
         ):
             results.append(lines, record)
             records.append(record)
@@ -100,7 +100,7 @@ class Compare:
 
     def _calibration(self, batches: Batches) -> dict[str, Any]:
         rows = sum(len(rows) for rows, *_ in batches)
-        length = batches[0][0].shape[1]
+        length = max(rows.shape[1] for rows, *_ in batches)
         return {
             **self.calibration.origin(),
             "rows": rows,
@@ -111,7 +111,7 @@ class Compare:
 def _rows(
     model: Model,
     chosen: list[Named],
-    calibration: Batches,
+    calibration: Batched,
     tokens: np.ndarray,
     protocol: Protocol,
     dtype: Dtype,
@@ -148,7 +148,7 @@ def calibrated(recipe: Any) -> bool:
 
 
 def _quantized(
-    model: Model, one: Named | None, calibration: Batches, seed: int
+    model: Model, one: Named | None, calibration: Batched, seed: int
 ) -> tuple[Any, dict[str, Any]]:
     """The parameters of a row, with what making and keeping them took."""
     if one is None:
@@ -161,8 +161,9 @@ def _quantized(
                 model.f,
                 model.params,
                 one.recipe,
-                calibration if calibrated(one.recipe) else None,
+                calibration.batches if calibrated(one.recipe) else None,
                 example=None if calibrated(one.recipe) else model.example,
+                mask_fn=calibration.mask_fn if calibrated(one.recipe) else None,
                 progress=False,
                 key=jax.random.key(seed),
             )

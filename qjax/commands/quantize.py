@@ -14,6 +14,7 @@ from qjax.commands.compare import quantized_bits
 from qjax.commands.inputs import open_model
 from qjax.commands.output import wide_console
 from qjax.io.checkpoint import check_target, save
+from qjax.io.folder import check_link
 from qjax.models.coded_cache import KVCache, quantize_cache
 from qjax.plots import error_plot
 from qjax.quantize import quantize_with_report
@@ -69,6 +70,7 @@ class Quantize:
         recipe = self.make_recipe()
         weights, coded_cache = cache_apart(recipe)
         options, mesh = self.calibration, self.calibration.mesh
+        options.check_report()
         devices = mesh.start()
         if mesh.writes:
             check_target(self.out, self.overwrite, "--overwrite")
@@ -78,9 +80,16 @@ class Quantize:
             self.model, scan_layers=scan_layers, lazy=lazy, in_float=True
         )
         data = any(needs_data(step) for step in steps_of(weights))
-        batches = options.batches(model) if data or coded_cache else None
+        batches = mask_fn = None
+        if data or coded_cache:
+            batches, mask_fn = options.batches(model)
         f, params = model.f, model.params
         if coded_cache:
+            if mask_fn is not None:
+                raise ValueError(
+                    f"--calibration.cut {options.cut} pads documents, and ranges of "
+                    "keys and values would see the padding: take another cut"
+                )
             f, params = quantize_cache(f, params, batches or ())
         params, report = quantize_with_report(
             f,
@@ -88,17 +97,15 @@ class Quantize:
             weights,
             batches if data else None,
             example=None if data else model.example,
+            mask_fn=mask_fn if data else None,
             resume=options.resume if data else None,
             offload=options.offload,
             mesh=devices if data else None,
             progress=mesh.writes,
-            key=jax.random.key(options.seed),
+            key=jax.random.key(options.method_seed),
         )
         if not mesh.writes:
             return
-        if options.report is not None:
-            report.write(options.report)
-            error_plot(options.report.with_suffix(".png"), report.sites)
         save(
             self.out,
             params,
@@ -107,6 +114,9 @@ class Quantize:
             files=shell_files(model.folder),
             overwrite=self.overwrite,
         )
+        if options.report is not None:
+            report.write(options.report)
+            error_plot(options.report.with_suffix(".png"), report.sites)
         console = wide_console()
         console.print(report.table())
         for note in report.notes:
@@ -187,5 +197,12 @@ def patterned(step: Any, patterns: dict[str, Any]) -> Any:
 
 
 def shell_files(folder: Path) -> dict[str, Path]:
-    """Configuration and tokenizer of a model's folder, by name."""
-    return {file.name: file for pattern in SHELL for file in folder.glob(pattern)}
+    """Configuration and tokenizer of a model's folder, by name.
+
+    Raises:
+      ValueError: one is a link to a file outside the model.
+    """
+    found = {file.name: file for pattern in SHELL for file in folder.glob(pattern)}
+    for file in found.values():
+        check_link(folder, file)
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 
 from qjax.core.qtensor import QTensor, is_quantized
 from qjax.io import awq, bitsandbytes, compressed_tensors, gptq, hqq
-from qjax.io.folder import published
+from qjax.io.folder import check_link, published
 from qjax.io.fused import Stored, warn_of_unlike
 from qjax.io.huggingface import (
     find_folder,
@@ -89,7 +89,8 @@ def export(
       FileExistsError: `path` exists.
       FileNotFoundError: there is no such model.
       ValueError: `format` is unknown or cannot hold a leaf; the leaves are not those of
-        `model`, each of its shape, and the message names one; or none is quantized.
+        `model`, each of its shape, and the message names one; none is quantized; or
+        a file of `model` is a link out of its folder.
 
     Warns:
       QuantizationWarning: linears that vLLM runs as one are not stored alike.
@@ -205,4 +206,5 @@ def _copy(source: Path, folder: Path) -> None:
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
+                check_link(source, file)
                 shutil.copyfile(file, folder / file.name)

@@ -96,3 +96,19 @@ def inside(folder: Path, name: str) -> Path:
     if not name or parts.is_absolute() or ".." in parts.parts or outside:
         raise ValueError(f"{name!r} is not the name of a file inside {folder}")
     return target
+
+
+def check_link(folder: Path, file: Path) -> None:
+    """Refuse a link of a model's folder to a file outside of it.
+
+    The hub's cache links to files in the same repository's `blobs`, named by hash.
+
+    Raises:
+      ValueError: the file lies elsewhere.
+    """
+    real, home = file.resolve(), folder.resolve()
+    cached = home.parent.name == "snapshots" and real.is_relative_to(
+        home.parent.parent / "blobs"
+    )
+    if not (real.is_relative_to(home) or cached):
+        raise ValueError(f"{file} is a link to a file outside its folder")

@@ -1,12 +1,17 @@
 """The README of an exported checkpoint: what it was made from, how, how good it is."""
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+import yaml
+
 from qjax.io.describe import describe
 
+# The hub's names: owner/name.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 CARD = """---
 {header}
 ---
@@ -39,12 +44,13 @@ def model_card(
       recipe: what made it.
       quality: measured values by their names.
     """
-    header = [*([f"base_model: {base}"] if base.count("/") == 1 else [])]
-    header += ["library_name: transformers", "tags:", f"- {format}", "- qjax"]
+    # Names come from files: one of another form must not end a line, nor the header.
+    known = {"base_model": base} if HUB_ID.fullmatch(base) else {}
+    header = {**known, "library_name": "transformers", "tags": [format, "qjax"]}
     return CARD.format(
-        header="\n".join(header),
-        title=title,
-        base=base,
+        header=yaml.safe_dump(header, sort_keys=False).strip(),
+        title=_line(title),
+        base=_line(base),
         format=format,
         bits=bits,
         qjax=version("qjax"),
@@ -54,13 +60,18 @@ def model_card(
     )
 
 
+def _line(text: Any) -> str:
+    """As one line that a Markdown table can hold."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
 def _counted(schemes: Mapping[str, int]) -> list[tuple[Any, Any]]:
     return [(count, name) for name, count in schemes.items()]
 
 
 def _table(head: tuple[str, str], rows: list[tuple[Any, Any]]) -> str:
     lines = [head, ("---", "---"), *rows]
-    return "".join(f"| {left} | {right} |\n" for left, right in lines)
+    return "".join(f"| {_line(left)} | {_line(right)} |\n" for left, right in lines)
 
 
 def _recipe(recipe: Any) -> str:

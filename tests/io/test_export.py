@@ -1,6 +1,7 @@
 """The folder that an export writes, whatever the format."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 from safetensors import safe_open
 
 from qjax.cli import main
 from qjax.commands.inputs import open_model
+from qjax.commands.quantize import shell_files
 from qjax.core.coded import encode
 from qjax.core.formats import Int, group
 from qjax.core.layout import Layout
@@ -21,6 +24,7 @@ from qjax.io.bits import pack_rows, unpack_rows
 from qjax.io.checkpoint import save
 from qjax.io.export import export
 from qjax.io.huggingface import load_weights
+from qjax.io.modelcard import model_card
 from qjax.methods import RTN
 from qjax.models import gpt2, qwen3_moe
 from qjax.models.fields import Fields
@@ -211,12 +215,26 @@ def test_the_command(small: Any, tmp_path: Path, capfd: Any):
     measured = tmp_path / "measured.jsonl"
     context = {"text": {"name": "pydoc", "sha256": "0" * 64}}
     metrics = {"perplexity": 12.34, "kl_nats": 0.01, "tokens_per_second": 5.0}
-    append(measured, Record("model", {}, metrics, context))
+    append(measured, Record("other", {}, {"perplexity": 99.0}, context))
     command = ["export", str(tmp_path / "out"), str(tmp_path / "ct")]
-    assert main([*command, "--results", str(measured)]) == 0
+    command += ["--results", str(measured)]
+    assert main(command) == 1
+    assert "holds no results of out, but of other" in capfd.readouterr().err
+    append(measured, Record("out", {}, metrics, context))
+    task = Record("out, piqa", {}, {"acc": 0.5}, {"task": "piqa"})
+    append(measured, task)
+    assert main(command) == 0
     card = (tmp_path / "ct/README.md").read_text()
     assert "| perplexity, pydoc | 12.34 |\n| kl nats, pydoc | 0.01 |\n" in card
-    assert "tokens per second" not in card
+    assert "| acc, piqa | 0.5 |\n" in card
+    assert "tokens per second" not in card and "99" not in card
+    append(measured, Record("out", {}, {"perplexity": 11.0}, context))
+    again = [*command[:2], str(tmp_path / "again"), *command[3:]]
+    assert main(again) == 1
+    assert "holds perplexity, pydoc of out twice" in capfd.readouterr().err
+    for size in ("inf", "nan", "0", "-1"):
+        assert main([*again[:3], "--shard-gb", size]) == 1
+        assert f"--shard-gb is {float(size)}: give" in capfd.readouterr().err
     _, back, _ = load_weights(tmp_path / "ct", scan_layers=True)
     jax.tree.map(np.testing.assert_array_equal, back, small.quantized(W4))
     with pytest.raises(ValueError, match="is already quantized"):
@@ -269,3 +287,40 @@ def test_leaves_that_are_not_all_of_the_models(
         if name == "num_hidden_layers" and not scan_layers:
             message = "(layers/1/.* has no name|the parameters have no leaf layers/2/)"
         refused(qparams, message, other)
+
+
+def test_names_end_no_line_of_the_model_card():
+    """What a manifest says of its model is somebody else's text."""
+    evil = "a/b\nlicense: evil\n---\n# Title | x"
+    card = model_card(evil, evil, "gptq", 4.0, {evil: 1}, quality={evil: evil})
+    header, _, rest = card.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers",
+        "tags": ["gptq", "qjax"],
+    }
+    assert not any(line.startswith(("license", "---")) for line in rest.splitlines())
+    assert rest.count("\n# ") + rest.startswith("# ") == 1
+    card = model_card("x", "1/2e3", "gptq", 4.0, {})
+    header = card.removeprefix("---\n").partition("\n---\n")[0]
+    assert yaml.safe_load(header)["base_model"] == "1/2e3"
+
+
+def test_links_out_of_the_models_folder_are_not_followed(small: Any, tmp_path: Path):
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    repository = tmp_path / "models--a--b"
+    folder, blobs = repository / "snapshots" / "0", repository / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    for file in small.folder.iterdir():  # as the hub's cache keeps files
+        (blobs / file.name).write_bytes(file.read_bytes())
+        (folder / file.name).symlink_to(Path("../../blobs") / file.name)
+    export(tmp_path / "out", small.quantized(W4), model=folder)
+    assert "chat_template.jinja" in shell_files(folder)
+    (folder / "tokenizer.json").symlink_to(secret)
+    for each in (folder, shutil.copytree(folder, tmp_path / "plain", symlinks=True)):
+        with pytest.raises(ValueError, match="is a link to a file outside its folder"):
+            shell_files(each)
+    with pytest.raises(ValueError, match="is a link to a file outside its folder"):
+        export(tmp_path / "other", small.quantized(W4), model=folder)
+    assert not (tmp_path / "other").exists()
