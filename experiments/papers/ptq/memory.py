@@ -4,7 +4,7 @@
     python experiments/papers/ptq/memory.py --model runs/ptq/random_3b
 
 Random tokens calibrate a random model; each run adds a row to
-`results/memory.jsonl` and draws `results/memory.png` again.
+`results/memory.jsonl`, in order of size, and draws `results/memory.png` again.
 """
 
 import json
@@ -91,13 +91,24 @@ def main(options: Options) -> None:
     }
     config = {"scheme": options.scheme, "rows": options.rows, "length": options.length}
     append(options.out, Record(options.model.name, config, metrics, environment()))
+    order(options.out)
     draw(options.out)
     print(json.dumps(metrics, indent=1))
 
 
+def order(path: Path) -> None:
+    """Put the rows in order of size."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    sizes = [row.metrics["parameters_billion"] for row in read(path)]
+    ordered = [line for _, line in sorted(zip(sizes, lines, strict=True))]
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text("".join(ordered), encoding="utf-8")
+    partial.replace(path)
+
+
 def draw(path: Path) -> None:
     """Peak memory against the size of the model, in a picture beside the rows."""
-    records = sorted(read(path), key=lambda row: row.metrics["parameters_billion"])
+    records = read(path)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     sizes = [row.metrics["parameters_billion"] for row in records]
