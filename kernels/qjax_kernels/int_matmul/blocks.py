@@ -201,7 +201,7 @@ def left_to_xla(
     }
     for row in table()["left_to_xla"]:
         same = all(kind[name] in values for name, values in row["of"].items())
-        if same and row["above_M"] < M:
+        if same and row["above_M"] < M <= row.get("up_to_M", M):
             return row["why"]
     return ""
 
