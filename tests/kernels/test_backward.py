@@ -56,11 +56,18 @@ def options(backend):
 
 @pytest.mark.parametrize(("bits", "group", "zero", "shape"), INT)
 def test_integers_equal_float64(bits, group, zero, shape, backend):
+    integers(bits, group, zero, shape, backend)
+
+
+def integers(bits, group, zero, shape, backend, *, extreme=False):
     M, K, N = shape
     draw = np.random.default_rng(0)
     half = 2 ** (bits - 1)
     q = draw.integers(-half, half, (K, N))
     scale, found = grids(bits, group, zero, K, N, draw)
+    if extreme:
+        q[: group or K] = 0
+        scale[:, 0], scale[:, 1], scale[:, 2] = 1e-38, 1e33, 0
     unsigned = jnp.asarray(q + half, jnp.uint8)
     codes = pack(unsigned, bits) if bits < 8 else jnp.asarray(q, jnp.int8)
     weight = IntWeight(codes, jnp.asarray(scale), found, bits, group, K)
@@ -70,6 +77,13 @@ def test_integers_equal_float64(bits, group, zero, shape, backend):
     )
     shift = 0 if found is None else spread(found, group, K)
     agrees(dx, dy, (q - shift) * spread(scale, group, K))
+    return dx
+
+
+def test_extreme_scales_and_groups_of_zeros(backend):
+    """Each output has its scale, and all outputs meet in every sum."""
+    dx = integers(4, 32, None, (16, 128, 128), backend, extreme=True)
+    assert (np.asarray(dx)[:, :32] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ CASES = [
     Case(2, None, levels=3),
     Case(3, None, levels=7),
     Case(3, 128, N=130),
+    Case(4, 64, Blocks(64, 128, 256), M=64, K=256, N=128),
     Case(4, 64, M=5, K=320, N=130),
     Case(4, None, M=1, K=100, N=1),
 ]
@@ -123,13 +124,18 @@ def test_the_reference_equals_float64(case):
 
 def test_extreme_scales_and_zeros_stay_finite(backend):
     case = CASES[0]
-    weight, _ = drawn(case)
+    weight, w = drawn(case)
     scale = np.asarray(weight.scale).copy()
     scale[:, 0], scale[:, 1], scale[:, 2] = 1e-38, 1e33, 0
+    scale[1] = 0  # a group of zeros has no scale
+    w[case.group : 2 * case.group] = 0
     weight = replace(weight, scale=jnp.asarray(scale))
-    y = np.asarray(product(backend, tokens(case).at[0].set(0), weight, case))
+    x = tokens(case).at[0].set(0)
+    y = np.asarray(product(backend, x, weight, case))
     assert np.isfinite(y).all()
     assert (y[0] == 0).all() and (y[:, 2] == 0).all()
+    true, _, bound = exact(x, w)
+    assert (np.abs(y - true) <= bound)[:, 3:].all()
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,10 @@ CASES = [
     Case("e2m1", 32, "float8_e8m0fnu", WEIGHTS),
     Case("e2m1", 16, "float8_e4m3fn"),
     Case("e2m1", 16, "float8_e4m3fn", WEIGHTS),
+    Case("e4m3b11", None, K=256, N=128),
+    Case("e5m2", None, coded=True, K=256, N=128),
+    Case("e5m2", 32, "float8_e8m0fnu", WEIGHTS, K=256),
+    Case("e4m3", None, blocks=Blocks(64, 128, 256), M=64, K=256, N=128),
     # Nothing is a multiple of anything.
     Case("e4m3", None, M=5, K=76, N=130),
     Case("e2m1", 32, "float8_e8m0fnu", M=3, K=320, N=140),
@@ -65,7 +69,8 @@ def drawn(case, seed=0):
         bits = draw.integers(0, 256, (case.K, case.N)).astype(np.uint8)
         codes = bits.view(FLOAT8[case.element])
         finite = np.isfinite(codes.astype(np.float64))
-        codes = np.where(finite, bits, 0x80).astype(np.uint8).view(codes.dtype)
+        zero = 0 if case.element == "e4m3b11" else 0x80  # no format but it has -0
+        codes = np.where(finite, bits, zero).astype(np.uint8).view(codes.dtype)
         values = codes.astype(np.float64)
         codes = jnp.asarray(codes)
     scale = draw.uniform(0.5, 2, (groups, case.N)) * 10.0 ** draw.integers(
@@ -137,11 +142,20 @@ def test_the_reference_equals_float64(case):
     assert (np.abs(np.asarray(y, np.float64) - true) <= bound).all()
 
 
-@pytest.mark.parametrize("generation", ["v6e", "v7x"])
-def test_other_generations_mean_the_same(generation, backend):
+@pytest.mark.parametrize(
+    ("generation", "case"),
+    [
+        ("v6e", CASES[4]),
+        ("v7x", CASES[4]),
+        ("v7x", Case("e2m1", 32, "float8_e8m0fnu", K=256, N=128)),
+        ("v7x", Case("e2m1", 16, "float8_e4m3fn", WEIGHTS, K=256)),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v.id,
+)
+def test_other_generations_mean_the_same(generation, case, backend):
+    """Of float8 tokens; and v7x converts e2m1 by itself."""
     if "interpret" not in backend.options:
         pytest.skip("hardware has its own generation")
-    case = CASES[4]
     weight, w = drawn(case)
     x, x_scale = tokens(case)
     y = backend.run(
@@ -162,21 +176,29 @@ def test_e4m3_is_sixteen_times_e4m3b11_but_for_zeros_sign():
     assert np.isfinite(same).all()
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[9]], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case", [CASES[0], CASES[4], CASES[6], CASES[9]], ids=lambda c: c.id
+)
 def test_extreme_scales_and_zeros_stay_finite(case, backend):
+    """Scales at the ends of their types, tokens and groups of zeros."""
     weight, _ = drawn(case)
     ends = np.asarray(weight.scale).copy()
     kind = ends.dtype
     low, high = {1: (2.0**-126, 2.0**120), 4: (1e-38, 1e33)}[kind.itemsize]
+    high = 1e28 if case.coded else high  # sums of coded tokens reach 1e8
     if kind == np.dtype(jnp.float8_e4m3fn):
         low, high = 2.0**-9, 448
     ends[:, 0], ends[:, 1] = np.asarray(low, kind), np.asarray(high, kind)
-    weight = replace(weight, scale=jnp.asarray(ends))
-    x, _ = tokens(case)
+    codes = np.asarray(weight.codes).copy()
+    in_group = len(codes) * (case.group or case.K) // case.K
+    codes[:in_group] = codes[:, 2] = np.zeros((), codes.dtype)
+    weight = replace(weight, codes=jnp.asarray(codes), scale=jnp.asarray(ends))
+    x, x_scale = tokens(case)
+    x_scale = x_scale if x_scale is None else x_scale.at[1].set(1e-38)
     x = x.at[0].set(0)
-    y = np.asarray(product(backend, x, weight, case))
+    y = np.asarray(product(backend, x, weight, case, x_scale))
     assert np.isfinite(y).all()
-    assert (y[0] == 0).all()
+    assert (y[0] == 0).all() and (y[:, 2] == 0).all()
 
 
 @pytest.mark.parametrize(

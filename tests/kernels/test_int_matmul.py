@@ -53,6 +53,13 @@ CASES = [
     Case(4, 128, None, int8=True),
     Case(4, 32, "int", int8=True),
     Case(8, None, None, int8=True),
+    Case(2, 32, K=256, N=128),
+    Case(2, None, K=256, N=128),
+    Case(3, 32, "int", N=128),
+    Case(8, None, K=256, N=128),
+    Case(8, 32, "int", K=256, N=128),
+    Case(2, 128, "int", int8=True, K=256, N=128),
+    Case(4, 128, "int", Blocks(64, 128, 256), M=128, K=256, N=128),
     # Nothing is a multiple of anything.
     Case(4, 32, "int", SUMS, M=5, K=100, N=130),
     Case(4, 64, None, OFFSET, M=1, K=320, N=1),
@@ -98,18 +105,17 @@ def exact(case, x, q, scale, zero):
     return x @ w, np.abs(x) @ np.abs(w), held
 
 
-def product(backend, x, weight, case):
+def product(backend, x, weight, case, **tpu):
     return backend.run(
         "int_matmul", x, weight, int8_tokens=case.int8, dtype=jnp.float32,
-        tpu={"blocks": case.blocks},
+        tpu={"blocks": case.blocks, **tpu},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_equals_float64(case, backend):
+def agrees(case, backend, **tpu):
     weight, q, scale, zero = drawn(case)
     x = jax.random.normal(jax.random.key(1), (case.M, case.K), jnp.bfloat16)
-    y = np.asarray(product(backend, x, weight, case), np.float64)
+    y = np.asarray(product(backend, x, weight, case, **tpu), np.float64)
     if case.int8:
         codes, steps = reference.quantize_tokens(x)
         x = np.asarray(codes, np.float64) * np.asarray(steps, np.float64)
@@ -119,7 +125,29 @@ def test_equals_float64(case, backend):
     assert (np.abs(y - true) <= bound).all()
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[18]], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_equals_float64(case, backend):
+    agrees(case, backend)
+
+
+@pytest.mark.parametrize("generation", ["v6e", "v7x"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(CASES[4], K=256),
+        Case(4, 128, "int", int8=True, K=256, N=128),
+        Case(8, None, None, int8=True, K=256, N=128),
+    ],
+    ids=lambda c: c.id,
+)
+def test_other_generations_mean_the_same(generation, case, backend):
+    """Scales in bfloat16 on v6e and v7x; v7x contracts int8 codes in bfloat16."""
+    if "interpret" not in backend.options:
+        pytest.skip("hardware has its own generation")
+    agrees(case, backend, generation=generation)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[-1]], ids=lambda c: c.id)
 def test_the_reference_equals_float64(case):
     weight, q, scale, zero = drawn(case)
     x = jax.random.normal(jax.random.key(1), (case.M, case.K))
@@ -141,7 +169,12 @@ def test_tokens_are_coded_as_the_library_codes_them(dtype):
     np.testing.assert_array_equal(codes, expected)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[14]], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case",
+    [CASES[i] for i in (1, 7, 14)]
+    + [Case(2, 64, "int", K=256, N=128), Case(4, 32, None, int8=True, K=256, N=128)],
+    ids=lambda c: c.id,
+)
 def test_extreme_scales_zeros_and_stale_memory(case, backend):
     """All-zero groups and tokens, scales at both ends of float32: all stays finite."""
     weight, q, scale, zero = drawn(case)

@@ -111,20 +111,19 @@ def exact(case, x, q, scale, zero):
     return y, terms, held
 
 
-def run(backend, case, x, experts):
+def run(backend, case, x, experts, **tpu):
     sizes = jnp.array(case.sizes, jnp.int32)
     y = backend.run(
         "ragged_matmul", x, experts, sizes, int8_tokens=case.int8, dtype=jnp.float32,
-        tpu={"blocks": case.blocks},
+        tpu={"blocks": case.blocks, **tpu},
     )  # fmt: skip
     return np.asarray(y, np.float64)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_equals_float64(case, backend):
+def agrees(case, backend, **tpu):
     experts, q, scale, zero = drawn(case)
     x = jax.random.normal(jax.random.key(1), (case.M, case.K), jnp.bfloat16)
-    y = run(backend, case, x, experts)
+    y = run(backend, case, x, experts, **tpu)
     values = np.asarray(x, np.float64)
     if case.int8:
         codes, steps = quantize_tokens(x)
@@ -134,6 +133,27 @@ def test_equals_float64(case, backend):
     assert np.isfinite(y).all()
     assert (np.abs(y - true) <= bound).all()
     assert (y[sum(case.sizes) :] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_equals_float64(case, backend):
+    agrees(case, backend)
+
+
+@pytest.mark.parametrize("generation", ["v6e", "v7x"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, 64, "int", WEIGHTS, sizes=(3, 6), M=9),
+        Case(4, 128, "int", Blocks(16, 128, 256), True, sizes=(3, 6), M=9, N=128),
+    ],
+    ids=lambda case: case.id,
+)
+def test_other_generations_mean_the_same(generation, case, backend):
+    """Scales in bfloat16 on v6e and v7x; v7x contracts int8 codes in bfloat16."""
+    if "interpret" not in backend.options:
+        pytest.skip("hardware has its own generation")
+    agrees(case, backend, generation=generation)
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=lambda case: case.id)

@@ -32,12 +32,15 @@ CASES = [Case(8, None), Case(4, 128, True), Case(4, 32, M=3, K=200, N=130)]
 BLOCKS = Blocks(8, 128, 512)
 
 
-def drawn(case, outliers=(5, 300)):
+def drawn(case, outliers=(5, 300), extreme=False):
     draw = np.random.default_rng(0)
     half = 2 ** (case.bits - 1)
     q = draw.integers(-half, half, (case.K, case.N))
     shape = (-(-case.K // (case.group or case.K)), case.N)
     scale = draw.uniform(0.5, 2, shape).astype(np.float32)
+    if extreme:
+        q[: case.group or case.K] = 0
+        scale[:, 0], scale[:, 1], scale[:, 2] = 1e-38, 1e31, 0
     zero = draw.integers(-half, half, shape).astype(np.int8) if case.zero else None
     unsigned = jnp.asarray(q + half, jnp.uint8)
     codes = pack(unsigned, case.bits) if case.bits < 8 else jnp.asarray(q, jnp.int8)
@@ -98,6 +101,20 @@ def test_none_and_nothing_but_outliers(backend):
         )
         true, held = exact(run, *parts)
         assert (np.abs(np.asarray(y, np.float64) - true) <= 2.0**-21 * held).all()
+
+
+def test_extreme_scales_and_groups_of_zeros(backend):
+    """All-zero groups, scales at both ends of float32, with and without outliers."""
+    x, weight, parts = drawn(Case(4, 128, K=256, N=128), (5,), extreme=True)
+    run = split(x.at[0].set(0))
+    y = backend.run(
+        "sparse_outlier", *run, weight, dtype=jnp.float32, tpu={"blocks": BLOCKS}
+    )
+    true, held = exact(run, *parts)
+    y = np.asarray(y, np.float64)
+    smallest = 256 * 200 * np.finfo(np.float32).tiny  # below it sums may vanish
+    assert (np.abs(y - true) <= 2.0**-21 * held + smallest).all()
+    assert (y[0] == 0).all() and (y[:, 2] == 0).all()
 
 
 def test_the_reference_equals_float64():
