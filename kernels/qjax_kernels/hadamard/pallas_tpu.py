@@ -20,9 +20,11 @@ from qjax_kernels.compat import chip
 from qjax_kernels.hadamard.butterflies import across
 from qjax_kernels.hadamard.reference import ONE, matrix, power_of_two
 from qjax_kernels.int_matmul.reference import token_scales
+from qjax_kernels.scaled.table import sizes
 
 LANES, SUBLANES, MIB = 128, 8, 2**20
-TOKENS, GROUP = 128, 32  # of a step, and of what is held in registers
+SIZES = sizes("hadamard")
+TOKENS, GROUP = SIZES["tokens"], SIZES["group"]  # of a step, of what registers hold
 MAGIC = 1.5 * 2**23
 LEAST_LIMIT = 16 * MIB
 ROOM = 4 * MIB

@@ -20,10 +20,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qjax_kernels.compat import chip
 from qjax_kernels.kv_attention.cached import Cached, check
+from qjax_kernels.scaled.table import sizes
 
 LANES, MIB = 128, 2**20
-ROWS = 4096  # rows (slots times heads) of a step unless told otherwise
-TILE = 4096
+SIZES = sizes("kv_attention")
+# Rows (slots times heads) of a step, and those that softmax meets at a time.
+ROWS, TILE = SIZES["rows"], SIZES["tile"]
 LEAST_LIMIT = 16 * MIB
 ROOM = 4 * MIB
 

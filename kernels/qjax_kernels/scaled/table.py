@@ -20,6 +20,12 @@ def table(op: str) -> dict[str, Any]:
     return json.loads(files(f"qjax_kernels.{op}").joinpath("blocks.json").read_text())
 
 
+def sizes(op: str) -> dict[str, int]:
+    """The one entry of a table that is the same for all problems and generations."""
+    (row,) = table(op)["rows"]
+    return row["blocks"]
+
+
 def choose(op: str, kind: str, generation: str, M: int) -> Blocks:
     """The table's entry.
 

@@ -27,8 +27,9 @@ from qjax_kernels.scaled.operands import (
     vmem_bytes,
     vmem_limit,
 )
+from qjax_kernels.scaled.table import sizes
 
-BLOCKS = Blocks(1024, 512, 1024, chunk=256)
+BLOCKS = Blocks(**sizes("scaled"))
 """Sizes of one grid step, for every generation."""
 
 
