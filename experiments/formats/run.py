@@ -262,12 +262,13 @@ def collect(work: Path, *only: str) -> None:
                 found[row.label] = record(row.label, reports)
                 print(name, row.label, reports, flush=True)
         lines[name] = [found[row.label] for row in ROWS if row.label in found]
-    formats = dict.fromkeys(row.format for row in ROWS)
     held = {each.label: each for each in lines["matrix"]}
-    lines["formats"] = [
-        summary(each, [held[row.label] for row in ROWS if row.format == each])
-        for each in formats
-    ]
+    file = RESULTS / "formats.jsonl"
+    kept = {} if rows == ROWS else {each.label: each for each in read(file)}
+    for format in dict.fromkeys(row.format for row in rows):
+        mine = [held[row.label] for row in ROWS if row.format == format]
+        kept[format] = summary(format, mine)
+    lines["formats"] = list(kept.values())
     for name, records in lines.items():
         (RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
         for each in records:
