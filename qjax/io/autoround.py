@@ -62,7 +62,7 @@ def as_its_packing(raw: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: it is another.
     """
     packing = raw.get("packing_format")
-    if packing not in PACKINGS:
+    if not isinstance(packing, str) or packing not in PACKINGS:
         raise ValueError(
             f"{OWNER}.packing_format is {packing!r}, supported are "
             f"{', '.join(PACKINGS)}"

@@ -274,6 +274,10 @@ def _state(take: Take) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"{take.module}.{last} is no quantization state of nf4 or fp4 weights"
         )
+    if state.get("quant_type") != name:
+        raise ValueError(
+            f"{take.module}.{last} says quant_type={state.get('quant_type')!r}"
+        )
     return name, state
 
 

@@ -32,6 +32,14 @@ PACKINGS = {
 }
 OWNER = "config.json: quantization_config"
 KNOWN = ("quant_method", "quant_config", "skip_modules")
+OPTIONS = {
+    *("weight_quant_params", "scale_quant_params", "zero_quant_params"),
+    "offload_meta",
+}
+WEIGHT_OPTIONS = {
+    *("nbits", "group_size", "axis", "channel_wise", "optimize", "round_zero"),
+    "view_as_float",
+}
 # What says how the codes were found or run, and nothing of how they are stored.
 INFORMATIVE = (
     *("unpack_view_dtype", "compute_dtype", "offload_meta", "encoded_state_dict"),
@@ -150,6 +158,7 @@ class Reader:
           ValueError: an option that is not known.
         """
         checked(OWNER, raw, KNOWN)
+        _check_options(raw.get("quant_config"))
         return cls()
 
     def takes(self, take: Take) -> bool:
@@ -177,6 +186,21 @@ class Reader:
         words = words_of(pack_rows(codes, bits), bits, K)
         part = Coded(words, scale, zero, None, None, format, (K, N))
         return tensor(part, dtype)
+
+
+def _check_options(raw: Any) -> None:
+    """Refuse unknown options: of all linears, or of some by the ends of their names."""
+    owner = f"{OWNER}.quant_config"
+    if raw is None:
+        return
+    by_name = isinstance(raw, Mapping) and not OPTIONS & set(raw)
+    each = dict(raw) if by_name else {"": raw}
+    for name, options in each.items():
+        within = f"{owner}.{name}" if name else owner
+        checked(within, options, OPTIONS)
+        weights = options.get("weight_quant_params")
+        if weights is not None:
+            checked(f"{within}.weight_quant_params", weights, WEIGHT_OPTIONS)
 
 
 def _layout(take: Take, K: int, N: int) -> tuple[int, int]:

@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 _REQUIRED: Any = object()
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +31,8 @@ class Fields:
         )
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A positive number."""
-        return self._checked(
-            name,
-            default,
-            "a positive number",
-            lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0,
-        )
+        """A positive number that float32 holds."""
+        return self._checked(name, default, "a positive number", _is_positive)
 
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
         """A list of so many positive numbers."""
@@ -90,6 +88,11 @@ class Fields:
         if not test(found):
             raise ValueError(f"config.json: {name} is {found!r}, expected {valid}")
         return found
+
+
+def _is_positive(x: Any) -> bool:
+    number = isinstance(x, (int, float)) and not isinstance(x, bool)
+    return number and 0 < x <= _LARGEST
 
 
 def head_sizes(fields: Fields) -> tuple[int, int, int]:

@@ -42,5 +42,6 @@ def test_its_own_format_is_one_of_two_others():
     own = GPTQ | {"quant_method": "auto-round"}
     packed = own | {"packing_format": "auto_round:auto_gptq"}
     assert reader_of({"quantization_config": packed}) == gptq.Reader.of(GPTQ)
-    with pytest.raises(ValueError, match="packing_format is 'auto_round:fp8'"):
-        reader_of({"quantization_config": own | {"packing_format": "auto_round:fp8"}})
+    for other in ("auto_round:fp8", [], {}, None):
+        with pytest.raises(ValueError, match="packing_format is"):
+            reader_of({"quantization_config": own | {"packing_format": other}})

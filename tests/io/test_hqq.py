@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from qjax.core.formats import Codebook, Int, channel, group, token
 from qjax.core.qtensor import Activation, SiteActs, dequantize
+from qjax.io import hqq
 from qjax.io.export import export
 from qjax.io.hqq import pack, unpack
 from qjax.io.huggingface import load_weights
@@ -156,3 +157,21 @@ def test_damaged_tensors(
     with pytest.raises(ValueError, match=message) as error:
         load_weights(out)
     assert "\n" not in str(error.value)
+
+
+def test_options_are_known_ones():
+    weights = {"nbits": 4, "group_size": 64, "axis": 1}
+    options = {"weight_quant_params": weights, "offload_meta": False}
+    raw = {"quant_method": "hqq", "skip_modules": ["lm_head"]}
+    for given in (options, {"self_attn.q_proj": options, "mlp.up_proj": options}):
+        hqq.Reader.of(raw | {"quant_config": given})
+    unknown = (
+        {"evil": 1},
+        options | {"evil": 1},
+        {"weight_quant_params": weights | {"evil": 1}},
+        {"self_attn.q_proj": options | {"evil": 1}},
+        [],
+    )
+    for given in unknown:
+        with pytest.raises(ValueError, match=r"'evil' is unknown|expected \{key"):
+            hqq.Reader.of(raw | {"quant_config": given})

@@ -220,6 +220,9 @@ def test_unknown_model_type_lists_the_known(folder: Path):
         ({"hidden_size": 30}, "hidden_size is 30, expected a multiple of"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06, expected a positive number"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, expected a positive"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf, expected a positive number"),
+        ({"rope_theta": 10**400}, "rope_theta is 10+, expected a positive number"),
         ({"hidden_act": "swish9"}, "hidden_act is 'swish9', expected one of silu"),
         ({"rope_scaling": [2]}, r"rope_scaling is \[2\], expected an object"),
         (
