@@ -1,20 +1,21 @@
-"""All formats at all shapes on all generations, each beside the least that XLA needs.
+"""All operations, formats and shapes on all generations of TPU.
 
 python kernels/bench/grid.py                     everything that grid.jsonl lacks
 python kernels/bench/grid.py float_matmul v5e    one operation, one generation
-python kernels/bench/grid.py v6e up 16           one projection's name, one M
+python kernels/bench/grid.py v6e up 16           a shape's name, and tokens
 
-It appends to grid.jsonl and continues where it stopped.
+Tokens are rows; of attention they are sequences, with one token each. It appends to
+grid.jsonl and continues where it stopped.
 
 Time is estimated from schedules: steps of the grid times the larger of bundles and HBM
-cycles, at the derived clock. XLA's is a bound from below for the same weight in qjax's
-XLA form: bytes that must move, or products at the peak rate, whichever is longer.
+cycles, at the derived clock. Products of a matrix stand beside XLA's: a bound from
+below for the same weight in qjax's XLA form, bytes that must move or products at the
+peak rate, whichever is longer. `beside.py` has XLA's form of the other operations.
 """
 
 import importlib
 import sys
 from collections.abc import Iterator
-from math import ceil
 from typing import Any
 
 import schedule  # before JAX: it sets the environment
@@ -31,26 +32,32 @@ from qjax.core.qtensor import QTensor, SiteActs
 from qjax.ops import Target, matmul
 from qjax.results import Record, append, read
 from qjax_kernels.compat import chip
-from qjax_kernels.int_matmul.specs import SPECS, TOKENS
 
 OUT = HERE / "grid.jsonl"
 
 
 def cases(words: list[str]) -> Iterator[tuple[str, Any]]:
     """Label and case of everything that the command line asks for, small M first."""
-    shapes = {(spec.K, spec.N): spec for spec in reversed(SPECS)}
     ops = [
         importlib.import_module(f"gates.{path.stem}")
         for path in sorted((HERE / "gates").glob("*.py"))
     ]
-    for M in TOKENS:
-        for generation in TOPOLOGIES:
-            for spec in shapes.values():
-                for op in (op for op in ops if hasattr(op, "grid")):
-                    known = {generation, op.__name__.split(".")[1], spec.name, str(M)}
-                    if set(words) <= known:
-                        for case in op.grid(generation, M, spec.K, spec.N):
-                            yield case.program().label, case
+    found = [
+        (generation, op.__name__.split(".")[1], name, case)
+        for generation in TOPOLOGIES
+        for op in ops
+        if hasattr(op, "grid")
+        for name, case in op.grid(generation)
+    ]
+    for generation, op, name, case in sorted(found, key=lambda each: tokens(each[3])):
+        if set(words) <= {generation, op, name, str(tokens(case))}:
+            yield case.program().label, case
+
+
+def tokens(case: Any) -> int:
+    """Rows of a case, or the sequences of attention."""
+    case = getattr(case, "of", case)
+    return case.M if hasattr(case, "M") else case.B
 
 
 def xla_form(case: Any) -> tuple[Any, tuple[Any, Any]]:
@@ -86,13 +93,13 @@ def xla_microseconds(case: Any, contract: str) -> float:
 def measure(label: str, case: Any) -> Record:
     """One record."""
     program = case.program()
-    found, blocks = program.measure(), program.config["blocks"]
-    steps = ceil(case.M / blocks["m"]) * ceil(case.N / blocks["n"])
-    steps *= ceil(case.K / blocks["k"])
-    cycles = steps * max(found["bundles"], found["hbm_cycles"])
+    found = program.measure()
+    cycles = program.steps * max(found["bundles"], found["hbm_cycles"])
+    matrix = hasattr(case, "stored")
+    least = xla_microseconds(case, program.contract) if matrix else None
     metrics = {
-        "kernel_microseconds": 1e6 * cycles / schedule.clock(case.generation),
-        "xla_microseconds": xla_microseconds(case, program.contract),
+        "kernel_microseconds": 1e6 * cycles / schedule.clock(program.generation),
+        "xla_microseconds": least,
         "bundles": found["bundles"],
         "over_limit": found["over_limit"],
     }
@@ -100,13 +107,18 @@ def measure(label: str, case: Any) -> Record:
 
 
 def main(words: list[str]) -> None:
-    """Measure what is not there yet."""
+    """Measure what is not there yet; what a kernel refuses is said."""
     there = {record.label for record in read(OUT)} if OUT.exists() else set()
     for label, case in cases(words):
-        if label not in there:
+        if label in there:
+            continue
+        try:
             record = measure(label, case)
-            append(OUT, record)
-            print(label, record.metrics, flush=True)
+        except ValueError as refused:
+            print(f"{label} is refused: {refused}", flush=True)
+            continue
+        append(OUT, record)
+        print(label, record.metrics, flush=True)
 
 
 if __name__ == "__main__":

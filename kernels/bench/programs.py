@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,12 +29,14 @@ class Program(Protocol):
       config: what a budget holds for: shapes, formats, sizes of blocks.
       budgeted: the metrics that must not rise.
       compilers: packages that compile it, beside JAX.
+      platform: "tpu" or "gpu".
     """
 
     label: str
     config: dict[str, Any]
     budgeted: tuple[str, ...]
     compilers: tuple[str, ...]
+    platform: str
 
     def measure(self) -> dict[str, Any]:
         """Compile it; the metrics, in the order of a table's columns."""
@@ -55,6 +58,7 @@ class TpuProgram:
       contract: dtype in which the kernel's operands meet: "bfloat16", "int8", "int4" or
         a float8; where it is not native, the limit is that of bfloat16.
       config: what the budget holds for.
+      steps: of the grid, or turns of a loop, in a whole call.
     """
 
     generation: str
@@ -66,8 +70,10 @@ class TpuProgram:
     step_products: float
     contract: str
     config: dict[str, Any]
-    budgeted: tuple[str, ...] = ("bundles",)
+    steps: int
+    budgeted: tuple[str, ...] = ("bundles", "spills")
     compilers: tuple[str, ...] = ("libtpu",)
+    platform: str = "tpu"
 
     @property
     def label(self) -> str:
@@ -90,6 +96,7 @@ class TpuProgram:
             "over_limit": max(found.bundles, memory) / max(memory, products),
             "bundles_beside": found.beside,
             "temporary_bytes": found.temporaries,
+            "spills": found.spills,
         }
 
 
@@ -119,6 +126,7 @@ class CudaProgram:
         "temporary_bytes",
     )
     compilers: tuple[str, ...] = ("jax-cuda13-pjrt", "nvidia-cuda-nvcc")
+    platform: str = "gpu"
 
     @property
     def label(self) -> str:
@@ -136,6 +144,11 @@ class CudaProgram:
             "product_columns": found.columns,
             "temporary_bytes": found.temporaries,
         }
+
+
+def grid_steps(blocks: Any, M: int, K: int, N: int) -> int:
+    """Steps of a product's grid."""
+    return ceil(M / blocks.m) * ceil(K / blocks.k) * ceil(N / blocks.n)
 
 
 def gates() -> dict[str, tuple[Program, ...]]:

@@ -25,6 +25,7 @@ from qjax_kernels.compat import chip  # noqa: E402
 # Products per bundle in squares of the matrix unit's width. Pallas says 2 for v6e and
 # v7x; but bfloat16 schedules there hold more products than 2 could do in their bundles.
 SQUARES = 4
+SCHEDULE = "*final_hlo-static-per-bundle-utilization.txt"
 MOST = 2**50  # cycles: beyond it lies what XLA writes where its estimate overflows
 ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 FLOAT8 = (("float8_e5m2", "float8_e4m3b11fnuz"), ("float8_e5m2", "float8_e4m3fn"))
@@ -36,11 +37,13 @@ class Compiled:
 
     Attributes:
       bundles: of one grid step of the kernel.
+      spills: vector registers that such a step stores because none is free.
       beside: of all other operations of the program, loops counted once.
       temporaries: bytes of HBM beside arguments and results.
     """
 
     bundles: int
+    spills: int
     beside: int
     temporaries: int
 
@@ -57,20 +60,31 @@ def compile_for(
     program = compiled(generation, f, *shapes)
     temporaries = program.memory_analysis().temp_size_in_bytes
     counts = bundle_counts()
+    spills = sum(spilled(path) for path in DUMP.glob(f"*-{kernel}.{SCHEDULE}"))
     clear()
     bundles = sum(n for name, n in counts.items() if f"-{kernel}." in name)
     if not bundles:
         raise RuntimeError(f"libtpu wrote no schedule of {kernel!r}: {list(counts)}")
     rest = sum(n for name, n in counts.items() if "<late-" not in name) - bundles
-    return Compiled(bundles, rest, temporaries)
+    return Compiled(bundles, spills, rest, temporaries)
 
 
 def bundle_counts() -> dict[str, int]:
     """Bundles of every part of the program."""
     return {
         path.name: sum(1 for line in path.read_text().splitlines()[4:] if line.strip())
-        for path in DUMP.glob("*final_hlo-static-per-bundle-utilization.txt")
+        for path in DUMP.glob(SCHEDULE)
     }
+
+
+def spilled(path: Path) -> int:
+    """Vector registers that a schedule stores for want of others.
+
+    A line of it has what each bundle uses of every unit, in the order of its head.
+    """
+    _, head, *lines = path.read_text().splitlines()
+    column = head.replace(" ", "").split(",").index("VSTORE:SPILL")
+    return sum(int(line.split()[column]) for line in lines[2:] if line.strip())
 
 
 def estimated(text: str) -> int:

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from gates import codebook_matmul, int_matmul
-from programs import TpuProgram
+from programs import TpuProgram, grid_steps
 
 from qjax_kernels.codebook_matmul import backward_tpu as codebook_tpu
 from qjax_kernels.codebook_matmul.pallas_tpu import name_of
 from qjax_kernels.int_matmul import backward_tpu as int_tpu
 from qjax_kernels.scaled import Blocks
 from qjax_kernels.scaled.transposed import BLOCKS, fitted
+
+FEWEST = 256  # tokens of a training step
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Case:
             step_products=blocks.m * blocks.k * blocks.n,
             contract="bfloat16",
             config={"program": asdict(case), "blocks": asdict(blocks)},
+            steps=grid_steps(blocks, case.M, case.K, case.N),
         )
 
 
@@ -53,3 +56,15 @@ GATE = tuple(
         codebook_matmul.Case("v6e", M=1024),
     )
 )
+
+
+def grid(generation: str) -> list[tuple[str, Case]]:
+    """The transposes that exist: of 2, 4 and 8 bits, and of levels."""
+    integers = [
+        (name, case)
+        for name, case in int_matmul.grid(generation)
+        if case.bits != 3 and not case.int8
+    ]
+    levels = [each for each in codebook_matmul.grid(generation) if each[1].bits != 3]
+    found = integers + levels
+    return [(name, Case(case)) for name, case in found if case.M >= FEWEST]

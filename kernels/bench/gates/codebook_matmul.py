@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from programs import TpuProgram
+from gates.int_matmul import shapes
+from programs import TpuProgram, grid_steps
 
 from qjax.core.formats import Codebook, channel, group
 from qjax_kernels.codebook_matmul.blocks import choose
@@ -74,12 +75,17 @@ class Case:
             step_products=blocks.m * blocks.k * blocks.n,
             contract="bfloat16",
             config={"program": asdict(self), "blocks": asdict(blocks)},
+            steps=grid_steps(blocks, self.M, self.K, self.N),
         )
 
 
 GATE = (Case("v6e").program(),)
 
 
-def grid(generation: str, M: int, K: int, N: int) -> list[Case]:
-    """Every format at one shape."""
-    return [Case(generation, *one, M, K, N) for one in FORMATS.values()]
+def grid(generation: str) -> list[tuple[str, Case]]:
+    """Every format at every shape, and the name of its shape."""
+    return [
+        (name, Case(generation, *one, M, K, N))
+        for name, M, K, N in shapes()
+        for one in FORMATS.values()
+    ]

@@ -2,10 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import ceil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from gates.int_matmul import shapes
 from programs import TpuProgram
 
 from qjax_kernels.element_outlier.elements import TILE, Elements
@@ -45,7 +47,13 @@ class Case:
             step_products=2 * DOWN * self.slots * TILE * self.M,
             contract="bfloat16",
             config={"program": asdict(self), "tiles": DOWN},
+            steps=self.N // TILE * ceil(self.K / TILE / DOWN),
         )
 
 
 GATE = tuple(Case(generation).program() for generation in ("v5e", "v6e"))
+
+
+def grid(generation: str) -> list[tuple[str, Case]]:
+    """One in a hundred weights at every shape."""
+    return [(name, Case(generation, 256, M, K, N)) for name, M, K, N in shapes()]

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import ceil
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 from programs import TpuProgram
 
 from qjax.core.hadamard import small_factor, small_hadamard
-from qjax_kernels.hadamard.pallas_tpu import GROUP, hadamard, name_of
+from qjax_kernels.hadamard.pallas_tpu import GROUP, hadamard, name_of, unfit
+from qjax_kernels.hadamard.specs import SPECS, TOKENS
 
 BLOCK = 128  # features that meet a matrix on the matrix unit
 
@@ -41,6 +43,7 @@ class Case:
             step_products=GROUP * self.K * BLOCK,
             contract="bfloat16",
             config={"program": asdict(self), "group": GROUP},
+            steps=ceil(self.M / GROUP),
         )
 
     @property
@@ -57,3 +60,15 @@ GATE = tuple(
         Case("v7x", 14336, int8=False),
     )
 )
+
+
+def grid(generation: str) -> list[tuple[str, Case]]:
+    """Every input of a layer, to int8 codes and to bfloat16."""
+    return [
+        (spec.name, Case(generation, spec.K, int8, M))
+        for M in TOKENS
+        for spec in SPECS
+        for int8 in (True, False)
+        if not unfit(generation, jax.ShapeDtypeStruct((M, spec.K), jnp.bfloat16),
+                     small_hadamard(small_factor(spec.K)))
+    ]  # fmt: skip

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from programs import TpuProgram
+from programs import TpuProgram, grid_steps
 
 from qjax.core.formats import Int, channel, group, token
 from qjax.core.qtensor import Activation
 from qjax_kernels.coded import WORD
 from qjax_kernels.int_matmul.blocks import Blocks, choose
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul, name_of
+from qjax_kernels.int_matmul.specs import SPECS, TOKENS
 from qjax_kernels.int_matmul.weight import IntWeight
 
 
@@ -78,6 +79,7 @@ class Case:
             step_products=blocks.m * blocks.k * blocks.n,
             contract="int8" if self.int8 else "bfloat16",
             config={"program": asdict(self), "blocks": asdict(blocks)},
+            steps=grid_steps(blocks, self.M, self.K, self.N),
         )
 
 
@@ -97,13 +99,26 @@ GATE = tuple(
 
 
 FORMATS = (
-    *((4, 128), (4, 128, True), (4, 32), (4, None)),
-    *((8, None), (3, 128), (2, 64)),
+    *((4, 128), (4, 128, True), (4, 32), (4, 32, True), (4, None), (4, None, True)),
+    *((8, None), (8, 128), (8, 32), (8, 128, True)),
+    *((3, 128), (3, 128, True), (3, 32), (3, None)),
+    *((2, 64), (2, 64, True), (2, 128), (2, 32), (2, None)),
+    *((4, 128, False, True), (4, 128, True, True), (4, None, False, True)),
+    *((8, None, False, True), (8, 128, False, True), (2, 64, False, True)),
 )
+"""Bits, inputs that share a scale (None: all), zero points, int8 tokens."""
 
 
-def grid(generation: str, M: int, K: int, N: int) -> list[Case]:
-    """Every format at one shape, with float tokens; 4 bits with int8 ones too."""
-    cases = [(*one, *(False,) * (4 - len(one))) for one in FORMATS]
-    cases.append((4, 128, False, True))
-    return [Case(generation, *one, M, K, N) for one in cases]
+def shapes() -> list[tuple[str, int, int, int]]:
+    """Name, M, K, N of every real shape, once."""
+    different = {(spec.K, spec.N): spec.name for spec in reversed(SPECS)}
+    return [(name, M, K, N) for M in TOKENS for (K, N), name in different.items()]
+
+
+def grid(generation: str) -> list[tuple[str, Case]]:
+    """Every format at every shape, and the name of its shape."""
+    return [
+        (name, Case(generation, *one, *(False,) * (4 - len(one)), M, K, N))
+        for name, M, K, N in shapes()
+        for one in FORMATS
+    ]

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import ceil
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from programs import TpuProgram
 
 from qjax_kernels.kv_attention import Cached
 from qjax_kernels.kv_attention.pallas_tpu import choose, kv_attention, name_of
+from qjax_kernels.kv_attention.specs import SEQUENCES, SLOTS, SPECS
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Case:
             step_products=2 * self.H * slots * self.d,
             contract="bfloat16",
             config={"program": asdict(self), "slots": slots},
+            steps=self.B * ceil(self.S / slots),
         )
 
     @property
@@ -77,3 +80,19 @@ GATE = tuple(
         Case("v7x", "float8_e4m3fn"),
     )
 )
+
+
+FORMATS = (("int8", False), ("int4", False), ("int4", True), ("float8_e4m3fn", False))
+"""Codes, and whether keys have scales for runs of slots, as KIVI's."""
+
+
+def grid(generation: str) -> list[tuple[str, Case]]:
+    """Every format of a cache for every number of heads, slots and sequences."""
+    heads = {(spec.H, spec.G, spec.d): spec.model for spec in reversed(SPECS)}
+    return [
+        (model, Case(generation, *one, B, S, G, H, d))
+        for B in SEQUENCES
+        for S in SLOTS
+        for (H, G, d), model in heads.items()
+        for one in FORMATS
+    ]

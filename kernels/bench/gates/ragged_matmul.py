@@ -2,15 +2,17 @@
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from gates.int_matmul import Case as IntCase
-from programs import TpuProgram
+from programs import TpuProgram, grid_steps
 
 from qjax_kernels.int_matmul.weight import IntWeight
 from qjax_kernels.ragged_matmul.pallas_tpu import choose, name_of, ragged_matmul
+from qjax_kernels.ragged_matmul.specs import SPECS, TOKENS
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Case:
         )
         return replace(one, codes=codes, scale=scale)
 
+    def visits(self, m: int) -> int:
+        """Of blocks of `m` rows by experts, at most."""
+        return ceil(self.M / m) + min(self.E, self.M) - 1
+
     def program(self) -> TpuProgram:
         """What is compiled; a step is one visit's share of one block of outputs."""
         blocks = choose(self.generation, self.M, self.experts, self.int8)
@@ -65,6 +71,7 @@ class Case:
             step_products=blocks.m * blocks.k * blocks.n,
             contract="int8" if self.int8 else "bfloat16",
             config={"program": asdict(self), "blocks": asdict(blocks)},
+            steps=self.visits(blocks.m) * grid_steps(blocks, 1, self.K, self.N),
         )
 
 
@@ -78,3 +85,25 @@ GATE = tuple(
         Case("v7x", 4),
     )
 )
+
+
+FORMATS = (
+    *((4, 128), (4, 32), (4, None), (8, None), (8, 128), (2, 64)),
+    *((4, 128, True), (8, None, True)),
+)
+"""Bits, inputs that share a scale (None: all), int8 tokens."""
+
+
+def grid(generation: str) -> list[tuple[str, Case]]:
+    """Every format at every shape; a token is a row for each expert it chooses."""
+    return [
+        (
+            spec.name,
+            Case(generation, *one, *(False,) * (3 - len(one)), M * spec.chosen,
+                 spec.E, spec.K, spec.N),
+        )
+        for M in TOKENS
+        for spec in SPECS
+        for one in FORMATS
+        if not one[1] or spec.K % one[1] == 0
+    ]  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from gates.int_matmul import Case as IntCase
-from programs import TpuProgram
+from gates.int_matmul import shapes
+from programs import TpuProgram, grid_steps
 
 from qjax_kernels.int_matmul.blocks import choose
 from qjax_kernels.sparse_outlier.pallas_tpu import name_of, sparse_outlier
@@ -21,11 +22,14 @@ class Case:
     bits: int = 8
     group: int | None = None
     M: int = 16
+    K: int = 4096
+    N: int = 14336
 
     @property
     def one(self) -> IntCase:
         """The product without outliers."""
-        return IntCase(self.generation, self.bits, self.group, int8=True, M=self.M)
+        sizes = {"M": self.M, "K": self.K, "N": self.N}
+        return IntCase(self.generation, self.bits, self.group, int8=True, **sizes)
 
     def program(self) -> TpuProgram:
         """What is compiled; a step counts as if every chunk held an outlier."""
@@ -48,7 +52,17 @@ class Case:
             step_products=blocks.m * blocks.k * blocks.n,
             contract="int8",
             config={"program": asdict(self), "blocks": asdict(blocks)},
+            steps=grid_steps(blocks, M, K, N),
         )
 
 
 GATE = tuple(case.program() for case in (Case("v5e"), Case("v6e"), Case("v6e", 4, 128)))
+
+
+def grid(generation: str) -> list[tuple[str, Case]]:
+    """Weights of whole channels and of groups at every shape."""
+    return [
+        (name, Case(generation, *one, M, K, N))
+        for name, M, K, N in shapes()
+        for one in ((8, None), (4, 128))
+    ]
