@@ -20,7 +20,7 @@ def table(op: str) -> dict[str, Any]:
     return json.loads(files(f"qjax_kernels.{op}").joinpath("blocks.json").read_text())
 
 
-def sizes(op: str) -> dict[str, int]:
+def sizes(op: str) -> dict[str, Any]:
     """The one entry of a table that is the same for all problems and generations."""
     (row,) = table(op)["rows"]
     return row["blocks"]
