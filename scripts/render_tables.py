@@ -66,7 +66,8 @@ def source(record: Record) -> list[str]:
     if jax := context.get("versions", {}).get("jax"):
         parts.append(f"JAX {jax}")
     if commit := context.get("commit"):
-        parts.append(f"commit {commit[:10]}")
+        commit, dash, state = commit.partition("-")
+        parts.append(f"commit {commit[:10]}{dash}{state}")
     if date := context.get("date"):
         parts.append(date[:10])
     return ["; ".join(parts) + "."] if parts else []

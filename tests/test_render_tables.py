@@ -56,3 +56,10 @@ def test_a_missing_result_is_named(script, tmp_path: Path):
     (tmp_path / "README.md").write_text(PAGE)
     assert "a.jsonl" in script.main(["--check"])
     assert "usage" in script.main(["--help"])
+
+
+def test_a_commit_with_other_files_is_called_dirty(script):
+    whole, short = "a" * 40, "a" * 10
+    for state in ("", "-dirty"):
+        row = Record("x", {}, {}, {"commit": whole + state})
+        assert script.source(row) == [f"commit {short}{state}."]

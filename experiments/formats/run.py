@@ -2,6 +2,8 @@
 
     python experiments/formats/run.py export WORK [MODEL ...] [ROW ...]
     python experiments/formats/run.py collect WORK [ROW ...]
+    python experiments/formats/run.py linears WORK
+    python experiments/formats/run.py summarise
 
 `export` writes the bundled model and a random one of every architecture in every scheme
 into `WORK/ours`, each with the logits of `qjax.apply`; what is there stays. Between the
@@ -9,8 +11,10 @@ two, the peers open those and write their own into `WORK/theirs` (README.md has 
 commands). `collect` loads theirs, and writes `results/matrix.jsonl`,
 `results/architectures.jsonl` and the summary `results/formats.jsonl`: for each scheme
 and peer the largest difference of a token's logits over the largest logit, the median
-of the tokens. Two more say why some are large: `results/linears.jsonl`, every linear on
-the peer's own inputs, and `results/fused.jsonl`, experts that transformers fuses.
+of the tokens and the worst token. Two more say why some are large:
+`results/linears.jsonl`, every linear on the peer's own inputs, and
+`results/fused.jsonl`, experts that transformers fuses. `linears` and `summarise` write
+the former, and the summary, alone.
 
 Cost, on one core: 10 minutes for the random models, 20 for the bundled one; as much
 again for the peers.
@@ -40,6 +44,7 @@ from qjax.ops import matmul
 from qjax.results import Record, append, environment, read
 
 RESULTS = Path(__file__).parent / "results"
+WAYS = ("out_", "in_")
 SEEN, COMPARED = 8, 4  # tokens in a row, rows, of which logits are compared
 
 
@@ -135,7 +140,10 @@ def _loaded(folder: Path) -> dict[str, Any]:
 
 
 def record(label: str, reports: dict[str, Any]) -> Record:
-    """One line: medians as metrics; worst tokens, refusals and versions as context."""
+    """One line: medians as metrics, by reader, and the worst token of all readers.
+
+    The worst of each, refusals and versions are its context.
+    """
     metrics = {
         k: v.get("difference", v.get("word"))
         for k, v in reports.items()
@@ -147,21 +155,36 @@ def record(label: str, reports: dict[str, Any]) -> Record:
     worst = {k: v["worst"] for k, v in reports.items() if "worst" in v}
     peers = {k: v["versions"] for k, v in reports.items() if "versions" in v}
     context = {**environment(), "worst": worst, "refused": refused, "peers": peers}
+    metrics |= worst_tokens(worst)
     return Record(label, {"readers": sorted(reports)}, metrics, context)
 
 
-def summary(format: str, found: list[Record]) -> Record:
-    """A format in one line: how many schemes were opened, and the largest medians."""
-    metrics: dict[str, Any] = {"schemes": len(found)}
-    for way in ("out", "in"):
-        read = [
-            [v for k, v in each.metrics.items() if k.startswith(f"{way}_")]
-            for each in found
-        ]
-        metrics[f"{way}_opened"] = sum(bool(x) for x in read)
-        if any(read):
-            metrics[f"{way}_largest_difference"] = max(max(x) for x in read if x)
-    return Record(format, {}, metrics, environment())
+def worst_tokens(worst: dict[str, float]) -> dict[str, float]:
+    """The worst token of all readers: out and in apart, where they are told apart."""
+    if not any(name.startswith(WAYS) for name in worst):
+        return {"worst_token": max(worst.values())} if worst else {}
+    found = {
+        f"{way}worst_token": [v for k, v in worst.items() if k.startswith(way)]
+        for way in WAYS
+    }
+    return {name: max(values) for name, values in found.items() if values}
+
+
+def summary(format: str, rows: list[Record]) -> Record:
+    """A format in one line: schemes that were opened, largest medians, worst tokens."""
+    metrics: dict[str, Any] = {"schemes": len(rows)}
+    for way in WAYS:
+        each = [{k for k in row.context["worst"] if k.startswith(way)} for row in rows]
+        metrics[f"{way}opened"] = sum(map(bool, each))
+        pairs = [(row, name) for row, names in zip(rows, each) for name in names]
+        if pairs:
+            metrics |= {
+                f"{way}largest_median": max(row.metrics[k] for row, k in pairs),
+                f"{way}worst_token": max(row.context["worst"][k] for row, k in pairs),
+            }
+    own = ("worst", "refused", "peers")
+    context = {k: v for k, v in rows[0].context.items() if k not in own}
+    return Record(format, {}, metrics, context)
 
 
 def opened(work: Path, row: Row) -> dict[str, Any]:
@@ -262,21 +285,57 @@ def collect(work: Path, *only: str) -> None:
                 found[row.label] = record(row.label, reports)
                 print(name, row.label, reports, flush=True)
         lines[name] = [found[row.label] for row in ROWS if row.label in found]
-    held = {each.label: each for each in lines["matrix"]}
-    file = RESULTS / "formats.jsonl"
-    kept = {} if rows == ROWS else {each.label: each for each in read(file)}
-    for format in dict.fromkeys(row.format for row in rows):
-        mine = [held[row.label] for row in ROWS if row.format == format]
-        kept[format] = summary(format, mine)
-    lines["formats"] = list(kept.values())
+    lines["formats"] = summaries(lines["matrix"])
     for name, records in lines.items():
-        (RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
-        for each in records:
-            append(RESULTS / f"{name}.jsonl", each)
+        write(name, records)
+
+
+def summaries(matrix: list[Record]) -> list[Record]:
+    """A line for each format."""
+    held = {each.label: each for each in matrix}
+    return [
+        summary(each, [held[row.label] for row in ROWS if row.format == each])
+        for each in dict.fromkeys(row.format for row in ROWS)
+    ]
+
+
+def write(name: str, records: list[Record]) -> None:
+    """Write a file of results anew."""
+    (RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
+    for each in records:
+        append(RESULTS / f"{name}.jsonl", each)
+
+
+def collect_linears(work: Path) -> None:
+    """Write the lines of linears on the readers' inputs; other rows keep theirs."""
+    found = {each.label: each for each in read(RESULTS / "linears.jsonl")}
+    for row in ROWS:
+        if reports := linears(work, row):
+            found[row.label] = record(row.label, reports)
+    write("linears", [found[row.label] for row in ROWS if row.label in found])
+
+
+def summarise() -> None:
+    """Write the summary of the matrix, and the worst tokens of its lines."""
+    for name in WHOLE:
+        rows = read(RESULTS / f"{name}.jsonl")
+        worst = [worst_tokens(dict(row.context["worst"])) for row in rows]
+        write(
+            name,
+            [
+                replace(row, metrics={**row.metrics, **each})
+                for row, each in zip(rows, worst, strict=True)
+            ],
+        )
+    write("formats", summaries(read(RESULTS / "matrix.jsonl")))
 
 
 if __name__ == "__main__":
     # Every program runs once: most of the time goes into compiling.
     jax.config.update("jax_disable_most_optimizations", True)
-    job, work, *more = sys.argv[1:]
-    {"export": export, "collect": collect}[job](Path(work), *more)
+    job, *work = sys.argv[1:]
+    jobs = {"export": export, "collect": collect, "linears": collect_linears}
+    if job == "summarise":
+        summarise()
+    else:
+        jobs[job](Path(work[0]), *work[1:])

@@ -7,9 +7,10 @@ gptqmodel behind it), `unfused` (the same for models with experts, which become 
 of their own, see unfused.py), `gptqmodel` (its own loader), `hqq`, or `ordered`
 (compressed-tensors 0.12.2 for `g_idx`, which newer ones refuse). Every folder in OUT
 that `experiments/formats/run.py export` wrote gets an `opened-READER.json`: how far
-logits are from those of `qjax.apply`, or why it was refused, and versions. Where they
-are further than rounding, inputs and outputs of all linears that code their inputs go
-into `linears-READER.npz`. CASE is one of those folders, or one that holds several.
+logits are from those of `qjax.apply`, or why it was refused, and versions. Where those
+of a token are further than rounding, inputs and outputs of all linears that code their
+inputs go into `linears-READER.npz`. CASE is one of those folders, or one that holds
+several.
 
 Readers compute in float32 here. Where a library fixes 16 bits, that line alone is
 replaced: the dtype to which compressed-tensors unpacks 4-bit floats, the product (not
@@ -232,7 +233,7 @@ def report(reader: str, folder: Path) -> dict[str, Any]:
     finally:
         shutil.rmtree(copy.parent)
     report = distances(found, expected)
-    if report["difference"] > ROUNDING and linears:
+    if report["worst"] > ROUNDING and linears:
         np.savez(folder / f"linears-{reader}.npz", **linears)
     return report
 
