@@ -21,6 +21,7 @@ from qjax.planning import plan
 from qjax.recipes import is_quantizer
 from qjax.sensitivity import NEED_DATA, SENSITIVITIES, Question
 from qjax.solving import Job
+from qjax.trace.batches import as_batch, as_batches
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.sites import sites
 
@@ -107,7 +108,7 @@ class MixedPrecision:
         params: Any,
         calibration: Iterable[Any] | None = None,
         *,
-        example: tuple[Any, ...] | None = None,
+        example: Any = None,
         mask_fn: Any = None,
     ) -> tuple[tuple[Any, ...], AllocationReport]:
         """The candidates with their sites, and why.
@@ -122,7 +123,7 @@ class MixedPrecision:
             ValueError: no calibration where the sensitivity needs it, or a budget that
                 the smallest candidates exceed.
         """
-        batches = [tuple(batch) for batch in calibration or ()]
+        batches = as_batches(calibration)
         shapes = (isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batches))
         if self.sensitivity in NEED_DATA and (not batches or any(shapes)):
             raise ValueError(
@@ -133,6 +134,7 @@ class MixedPrecision:
         first = example if example is not None or not batches else batches[0]
         if first is None:
             raise ValueError("MixedPrecision traces f: give calibration or example")
+        first = as_batch(first, "example")
         found = sites(f, params, *first)
         jobs = plan([self], found, dict(flatten_with_paths(params)))
         asked = Question(

@@ -9,6 +9,7 @@ import numpy as np
 from qjax.core.statistics import Statistic
 from qjax.leaves import Leaves
 from qjax.recipes import Candidate, matches, patterns_of
+from qjax.trace.batches import as_batches
 from qjax.trace.program import Program, is_arraylike, trace
 from qjax.trace.rows import Accumulator, Seen, finalized, mask_fits, merged, refusal
 from qjax.trace.sites import Sites, sites
@@ -18,7 +19,7 @@ from qjax.trace.stream import LeafKey, Point, Stream, find_points, lanes_of
 def observe(
     f: Callable[..., Any],
     params: Any,
-    calibration: Iterable[tuple[Any, ...]],
+    calibration: Iterable[Any],
     statistics: Statistic | Mapping[str, Statistic],
     *,
     targets: str | tuple[str, ...] | None = None,
@@ -44,8 +45,9 @@ def observe(
     Raises:
       ValueError: no batch, no site, a pattern that matches none, or an activation that
         is not finite.
+      TypeError: a batch is no tuple.
     """
-    batches = [tuple(batch) for batch in calibration]
+    batches = as_batches(calibration)
     if not batches:
         raise ValueError("observe needs at least one batch of calibration data")
     several = isinstance(statistics, Mapping)

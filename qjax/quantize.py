@@ -35,6 +35,7 @@ from qjax.recipes import (
 from qjax.report import LeafReport, Report
 from qjax.solving import BATCH_BYTES, Job, Pieces, gather, solve_all, tensor_of
 from qjax.streaming import Options
+from qjax.trace.batches import as_batch, as_batches
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.program import trace
 from qjax.trace.sites import Sites, sites
@@ -64,6 +65,7 @@ def quantize(
     Raises:
         ValueError: a pattern matches nothing, a weight is NaN or Inf, or neither
             calibration nor example was given.
+        TypeError: a batch or the example is no tuple.
     """
     return quantize_with_report(f, params, recipe, calibration, **options)[0]
 
@@ -74,7 +76,7 @@ def quantize_with_report(
     recipe: Any,
     calibration: Iterable[Any] | None = None,
     *,
-    example: tuple[Any, ...] | None = None,
+    example: Any = None,
     key: Any = None,
     batch_bytes: int | None = None,
     progress: bool = True,
@@ -109,7 +111,7 @@ def quantize_with_report(
     check_quantizes(steps)
     if key is None and any(getattr(step, "random", False) for step in steps):
         raise ValueError("the recipe draws random numbers; give key=jax.random.key(0)")
-    batches = None if calibration is None else list(calibration)
+    batches = None if calibration is None else as_batches(calibration)
     given = {"example": example, "mask_fn": mask_fn}
     steps, allocations = allocated(steps, f, params, batches, **given)
     found = sites(f, params, *_example(batches, example))
@@ -176,7 +178,7 @@ def _batches(batches: list[Any] | None) -> list[tuple[Any, ...]]:
             "the recipe needs calibration data, but the batches are shapes "
             "(jax.ShapeDtypeStruct); give arrays"
         )
-    return [tuple(batch) for batch in batches]
+    return batches
 
 
 def _assemble(
@@ -248,12 +250,7 @@ def _example(calibration: Any, example: Any) -> tuple[Any, ...]:
             "quantize traces f once: give calibration=[(inputs, ...)] or "
             "example=(inputs, ...); jax.ShapeDtypeStruct will do"
         )
-    if not isinstance(batch, (tuple, list)):
-        raise TypeError(
-            f"a batch is a tuple of f's inputs, got {type(batch).__name__}; "
-            "write (tokens,) for one input"
-        )
-    return tuple(batch)
+    return as_batch(batch, "example")
 
 
 def _budget(leaves: dict[str, Any]) -> int:

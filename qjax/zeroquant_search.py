@@ -19,6 +19,7 @@ from qjax.methods.zeroquant import ZeroQuant
 from qjax.observe import observe
 from qjax.planning import plan
 from qjax.solving import Job
+from qjax.trace.batches import as_batches
 from qjax.trace.control import QuantizationWarning
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.sites import sites
@@ -32,7 +33,7 @@ CANDIDATES = tuple(
 def search_zeroquant(
     f: Callable[..., Any],
     params: Any,
-    calibration: Iterable[tuple[Any, ...]],
+    calibration: Iterable[Any],
     candidates: Sequence[ZeroQuant] = CANDIDATES,
     tolerance: float | int = 0.05,
     *,
@@ -70,7 +71,7 @@ def search_zeroquant(
     within("search_zeroquant", "tolerance", tolerance, 0, 1)
     check_patterns("search_zeroquant", targets, ignore)
     check_candidates(candidates)
-    batches = [tuple(batch) for batch in calibration]
+    batches = as_batches(calibration)
     if not batches:
         raise ValueError(
             "search_zeroquant needs at least one batch of calibration data"

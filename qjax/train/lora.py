@@ -28,6 +28,7 @@ from qjax.methods.base import check_patterns, positive_integer, within
 from qjax.planning import candidates_of, main_use, uses_by_path
 from qjax.recipes import assign
 from qjax.solving import site_key
+from qjax.trace.batches import as_batch
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.program import require_loaded
 from qjax.trace.sites import Sites, sites
@@ -133,7 +134,7 @@ def lora(
     targets: str | tuple[str, ...] | None = None,
     dropout: float | int = 0.0,
     *,
-    example: tuple[Any, ...],
+    example: Any,
     key: Any,
     **options: Any,
 ) -> tuple[Callable[..., Any], Adapters]:
@@ -165,13 +166,13 @@ def lora(
     Raises:
       ValueError: a field out of range, a pattern that matches no linear, or a leaf that
         cannot be adapted.
-      TypeError: `key` is no key.
+      TypeError: `key` is no key, `example` no tuple, or a leaf is still on disk.
     """
     config = LoRA(rank, alpha, dropout, targets=targets, **options)
     check_key("lora", key)
     require_loaded(qparams)
     leaves = dict(flatten_with_paths(qparams))
-    places = _places(config, sites(f, qparams, *example), leaves)
+    places = _places(config, sites(f, qparams, *as_batch(example, "example")), leaves)
     factors = {
         path: _initial(config, place, leaves[path], site_key(key, path))
         for path, place in places

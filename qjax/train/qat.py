@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from qjax.core.formats import NVFP4
 from qjax.methods.rtn import RTN
 from qjax.planning import plan
+from qjax.trace.batches import as_batch, as_batches
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.program import require_loaded
 from qjax.trace.sites import Sites, sites
@@ -26,9 +27,9 @@ def fake_quantize(
     f: Callable[..., Any],
     params: Any,
     recipe: Any,
-    calibration: Iterable[tuple[Any, ...]] | None = None,
+    calibration: Iterable[Any] | None = None,
     *,
-    example: tuple[Any, ...] | None = None,
+    example: Any = None,
 ) -> tuple[Callable[..., Any], QState]:
     """`f` with quantization in its forward pass, to be trained.
 
@@ -55,19 +56,20 @@ def fake_quantize(
     Raises:
       ValueError: a pattern matches nothing, layers of one stacked leaf have different
         steps, or a method must see data and there is none.
-      TypeError: a step is no `QAT`, or a leaf is still on disk.
+      TypeError: a step is no `QAT`, a batch is no tuple, or a leaf is still on disk.
     """
     require_loaded(params)
     steps = tuple(
         map(_as_step, recipe if isinstance(recipe, (tuple, list)) else [recipe])
     )
-    batches = [] if calibration is None else [tuple(batch) for batch in calibration]
+    batches = as_batches(calibration)
     first = batches[0] if batches else example
     if first is None:
         raise ValueError(
             "fake_quantize traces f once: give calibration=[(inputs, ...)] or "
             "example=(inputs, ...)"
         )
+    first = as_batch(first, "example")
     leaves = dict(flatten_with_paths(params))
     plans = _plans(steps, sites(f, params, *first), leaves)
     seen = _watch(f, params, plans, batches)
