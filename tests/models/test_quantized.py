@@ -91,7 +91,7 @@ def test_every_linear_but_head_and_routers(kind: str):
 
 
 def test_gptq_loses_less_than_rounding():
-    kind = "phi3"  # tests/trace streams the others
+    kind = "phi3"  # of those that join leaves; tests/trace streams every architecture
     f, params = model(kind)
     exact = logits(f, params)
     errors = [

@@ -121,7 +121,10 @@ MODELS = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
-    "gemma3": ("gemma3_text", GEMMA),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma2": ("gemma2", {"head_dim": 8, "sliding_window": 5}),
+    "gemma3_text": ("gemma3_text", GEMMA),
+    "phi3": ("phi3", {"pad_token_id": 0}),
     "gpt2": ("gpt2", {}),
     "opt": ("opt", {}),
     "opt_350m": ("opt", NARROW),
@@ -162,5 +165,5 @@ def kit():
     return types.SimpleNamespace(
         **{f.__name__: f for f in names},
         CASES=load("cases").CASES,
-        MODELS=tuple(MODELS),
+        KINDS={name: kind for name, (kind, _) in MODELS.items()},
     )

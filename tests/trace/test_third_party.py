@@ -166,6 +166,23 @@ def test_every_matrix_runs_in_low_bits(name):
     assert all(way.startswith("low-bit") for way in ran.values())
 
 
+def calibrated_error(f, params, batches, recipe):
+    q = qjax.quantize(f, params, recipe, batches, progress=False)
+    run = jax.jit(f)
+    pairs = [(run(qjax.dequantize(q), *b), run(params, *b)) for b in batches]
+    return sum(float(jnp.square(a - b).sum()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["linen_block", "nnx_block", "equinox_mlp"])
+def test_gptq_loses_less_than_rounding(name):
+    f, params = MODELS[name][0]()
+    batches = [(jax.random.normal(KEY, (8, 16, 32)),)]
+    int3 = qjax.Int(3, qjax.channel())
+    recipes = qjax.GPTQ(weights=int3), qjax.RTN(weights=int3)
+    gptq, rtn = (calibrated_error(f, params, batches, recipe) for recipe in recipes)
+    assert gptq < 0.8 * rtn
+
+
 def test_every_use_of_every_leaf_is_accounted_for():
     f, params = MODELS["linen_block"][0]()
     found = qjax.sites(f, params, x)
