@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from qjax.io.jsontext import parse_json
 from qjax.io.treespec import dtype_of
 
 TAGS = {
@@ -119,11 +120,18 @@ def _views(
     path: Path, header: Mapping[str, Any], data: np.ndarray, specs: Mapping[str, Spec]
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name, (dtype, shape) in specs.items():
-        start, stop = header[name]["data_offsets"]
+        start, stop = _offsets(path, name, header[name])
         size = prod(shape) * dtype_of(dtype).itemsize
         if not 0 <= start <= stop <= len(data) or stop - start != size:
             raise ValueError(f"{path} holds {name} with a size unlike its manifest's")
         yield name, data[start:stop].view(dtype_of(dtype)).reshape(shape)
+
+
+def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    found = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(found, list) or [type(x) for x in found] != [int, int]:
+        raise ValueError(f"the header of {path} is damaged: {name} is {entry!r}")
+    return found[0], found[1]
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -131,10 +139,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= path.stat().st_size - 8:
             raise ValueError(f"{path} is not a safetensors file: its header is damaged")
-        try:
-            return json.loads(file.read(length)), 8 + length
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise ValueError(f"{path} has a damaged header: it is no JSON") from None
+        header = parse_json(file.read(length), f"the header of {path}")
+    if not isinstance(header, dict):
+        raise ValueError(f"the header of {path} is damaged: it is no JSON object")
+    return header, 8 + length
 
 
 def place(view: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -21,6 +21,8 @@ from qjax.core.qtensor import is_quantized
 from qjax.io.arrays import Spec, place, read_arrays, spec_of, write_arrays
 from qjax.io.describe import describe
 from qjax.io.folder import check_file, fingerprints, inside, published
+from qjax.io.jsontext import parse_json
+from qjax.io.manifest import check_depth, check_fields
 from qjax.io.orbax import read_folder, write_folder
 from qjax.io.treespec import decode, dtype_of, encode
 from qjax.trace.paths import flatten_with_paths
@@ -141,20 +143,17 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no folder {path}")
     if not (path / MANIFEST).is_file():
         raise FileNotFoundError(f"{path} was not saved by qjax: it has no {MANIFEST}")
-    try:
-        body = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(
-            f"{path / MANIFEST} is truncated or damaged: no JSON"
-        ) from None
+    file = path / MANIFEST
+    body = parse_json(file.read_bytes(), f"{file} is truncated or damaged: it")
+    check_depth(file, body)
     found = body.get("format_version") if isinstance(body, dict) else None
     if found != FORMAT_VERSION:
         raise ValueError(
-            f"{path / MANIFEST} has format version {found}; this qjax reads "
-            f"{FORMAT_VERSION}"
+            f"{file} has format version {found}; this qjax reads {FORMAT_VERSION}"
         )
     if body.pop("checksum", None) != _digest_of(body):
-        raise ValueError(f"{path / MANIFEST} was changed: its checksum differs")
+        raise ValueError(f"{file} was changed: its checksum differs")
+    check_fields(file, body)
     return body
 
 

@@ -31,6 +31,7 @@ from qjax.core.granularity import Granularity
 from qjax.core.layout import Layout
 from qjax.core.qtensor import Activation, QTensor, SiteActs, Sparse, Stacked
 from qjax.core.transforms import TRANSFORMS
+from qjax.io.records import check_shapes, check_types
 from qjax.methods.base import Solution
 from qjax.solving import Solved
 from qjax.trace.paths import path_of
@@ -140,18 +141,32 @@ def decode(node: Any, leaf: Callable[[str], Any]) -> Any:
     """The tree that a node stands for, with `leaf(name)` in place of each array.
 
     Raises:
-      ValueError: the node holds something that this version cannot read.
+      ValueError: the node holds something that this version cannot read, or records
+        whose fields do not fit their class or each other.
     """
-    if not isinstance(node, dict):
+    if node is None or isinstance(node, (bool, int, float, str)):
         return node
-    kind = next(iter(node), "")
-    if kind not in _DECODERS:
+    kind = next(iter(node), "") if isinstance(node, dict) else type(node).__name__
+    if not isinstance(node, dict) or kind not in _DECODERS:
         raise ValueError(f"the tree holds a {kind!r}, which this version cannot read")
+    stored = {"record", "fields"} if kind == "record" else {kind}
+    if set(node) != stored or not isinstance(node[kind], _PAYLOADS[kind]):
+        raise ValueError(f"the tree holds a {kind!r} that is {node[kind]!r}")
     return _DECODERS[kind](node, leaf)
 
 
+def _decode_dict(node: Any, leaf: Callable[[str], Any]) -> Any:
+    found = {}
+    for pair in node["dict"]:
+        whole = isinstance(pair, list) and len(pair) == 2
+        if not whole or type(pair[0]) not in (str, int):
+            raise ValueError(f"the tree holds a 'dict' with {pair!r}, no key and node")
+        found[pair[0]] = decode(pair[1], leaf)
+    return found
+
+
 def _decode_record(node: Any, leaf: Callable[[str], Any]) -> Any:
-    name, stored = node["record"], node.get("fields", {})
+    name, stored = node["record"], node["fields"]
     if name not in RECORDS:
         raise ValueError(
             f"the tree holds a record {name!r}, which this version cannot read; "
@@ -160,14 +175,26 @@ def _decode_record(node: Any, leaf: Callable[[str], Any]) -> Any:
     known = [field.name for field in fields(RECORDS[name])]
     # A field with a default may be younger than the file.
     needed = {f.name for f in fields(RECORDS[name]) if f.default is MISSING}
-    if not needed <= set(stored) <= set(known):
-        raise ValueError(f"{name} is stored with fields {sorted(stored)}, not {known}")
-    return RECORDS[name](**{field: decode(stored[field], leaf) for field in stored})
+    if not isinstance(stored, dict) or not needed <= set(stored) <= set(known):
+        found = sorted(stored) if isinstance(stored, dict) else stored
+        raise ValueError(f"{name} is stored with fields {found}, not {known}")
+    values = {field: decode(stored[field], leaf) for field in stored}
+    check_types(RECORDS[name], values)
+    record = RECORDS[name](**values)
+    check_shapes(record)
+    return record
 
 
 def _decode_dtype(node: Any, leaf: Callable[[str], Any]) -> Any:
     del leaf
     return dtype_of(node["dtype"])
+
+
+def _decode_float(node: Any, leaf: Callable[[str], Any]) -> Any:
+    del leaf
+    if node["float"] not in ("inf", "-inf", "nan"):
+        raise ValueError(f"the tree holds a 'float' that is {node['float']!r}")
+    return float(node["float"])
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -185,10 +212,14 @@ def dtype_of(name: str) -> np.dtype:
 _RECORD_TYPES = frozenset(RECORDS.values())
 _DECODERS: dict[str, Callable[[Any, Callable[[str], Any]], Any]] = {
     "array": lambda node, leaf: leaf(node["array"]),
-    "dict": lambda node, leaf: {k: decode(v, leaf) for k, v in node["dict"]},
+    "dict": _decode_dict,
     "list": lambda node, leaf: [decode(v, leaf) for v in node["list"]],
     "tuple": lambda node, leaf: tuple(decode(v, leaf) for v in node["tuple"]),
     "record": _decode_record,
     "dtype": _decode_dtype,
-    "float": lambda node, leaf: float(node["float"]),
+    "float": _decode_float,
+}
+_PAYLOADS: dict[str, type] = {
+    **dict.fromkeys(("array", "record", "dtype", "float"), str),
+    **dict.fromkeys(("dict", "list", "tuple"), list),
 }
