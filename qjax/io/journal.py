@@ -164,7 +164,7 @@ def _hashed(parts: Iterable[Any]) -> str:
     for part in parts:
         for x in _pieces(part):
             found.update(f"{x.shape} {x.dtype} ".encode())
-            found.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+            found.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
 
