@@ -232,6 +232,18 @@ def within(
         raise ValueError(f"{owner}.{field} must be in ({low}, {high}], got {value!r}")
 
 
+def check_format(owner: str, field: str, value: Any) -> None:
+    """Refuse what is no number format; None stands for no format.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+    if value is not None and not isinstance(value, Format):
+        raise ValueError(
+            f"{owner}.{field} must be a format such as Int(8), got {value!r}"
+        )
+
+
 def check_patterns(owner: str, targets: Any, ignore: Any) -> None:
     """Refuse `targets` and `ignore` that are not patterns.
 

@@ -32,7 +32,8 @@ class Blockwise(Formatted):
     `summed`: the loss is summed over features, not averaged.
 
     Raises:
-        ValueError: a field out of range, or a static activation range.
+        ValueError: a field out of range, a static activation range, or outlier
+            features.
     """
 
     _: KW_ONLY
@@ -53,6 +54,12 @@ class Blockwise(Formatted):
             raise ValueError(
                 f"{own}.activations have a static range, which is not known while "
                 "blocks are optimised; take dynamic ones, such as scheme='W8A8'"
+            )
+        if self.activation is not None and self.activation.outliers is not None:
+            raise ValueError(
+                f"{own}.activations has outliers={self.activation.outliers!r}, and "
+                "features are not split while blocks are optimised; leave it out, or "
+                "take another method such as GPTQ"
             )
 
     @property

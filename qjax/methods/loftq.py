@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32
 from qjax.core.coded import Coded
 from qjax.core.formats import Format
 from qjax.core.lowrank import coded_and_best_rank, each, kept
-from qjax.methods.base import Solution, positive_integer
+from qjax.methods.base import Solution, check_format, positive_integer
 from qjax.methods.reconstruction import check_start
 from qjax.methods.shared import Formatted
 from qjax.schemes import Scheme, scheme
@@ -51,6 +51,7 @@ class LoftQ(Formatted):
         positive_integer("LoftQ", "iters", self.iters)
         if self.rank is not None:
             positive_integer("LoftQ", "rank", self.rank)
+        check_format("LoftQ", "factors", self.factors)
 
     @property
     def formats(self) -> Scheme:

@@ -47,7 +47,7 @@ class LPLR:
       ignore: patterns of the sites to leave.
 
     Raises:
-        ValueError: a rank that is none.
+        ValueError: a rank or a format that is none.
     """
 
     rank: int | float = 0.5
@@ -60,6 +60,10 @@ class LPLR:
         check_patterns("LPLR", self.targets, self.ignore)
         whole = isinstance(self.rank, int)
         within("LPLR", "rank", self.rank, 0, np.inf if whole else 1)
+        if not isinstance(self.factors, Format):
+            raise ValueError(
+                f"LPLR.factors must be a format such as Int(8), got {self.factors!r}"
+            )
 
     @property
     def format(self) -> Format:

@@ -18,7 +18,7 @@ from qjax.core.formats import Codebook, Format
 from qjax.core.lowrank import Factors, kept
 from qjax.core.qtensor import factor
 from qjax.core.statistics import Statistic
-from qjax.methods.base import Solution, positive_integer
+from qjax.methods.base import Solution, check_format, positive_integer
 from qjax.methods.shared import Formatted
 
 _NF4 = Codebook("nf4")
@@ -65,6 +65,7 @@ class Reconstruction(Formatted):
         super().__post_init__()
         if self.rank is not None:
             positive_integer(type(self).__name__, "rank", self.rank)
+        check_format(type(self).__name__, "factors", self.factors)
 
     @property
     def quantizes(self) -> bool:

@@ -27,7 +27,7 @@ from qjax.core.formats import Format
 from qjax.core.lowrank import best_rank
 from qjax.core.qtensor import Activation
 from qjax.core.statistics import Statistic
-from qjax.methods.base import Calibrated, Solution, positive_integer
+from qjax.methods.base import Calibrated, Solution, check_format, positive_integer
 from qjax.methods.reconstruction import with_factors
 from qjax.methods.shared import Around
 
@@ -55,6 +55,7 @@ class SVDQuant(Around):
     def __post_init__(self):
         super().__post_init__()
         positive_integer("SVDQuant", "rank", self.rank)
+        check_format("SVDQuant", "factors", self.factors)
         if isinstance(self.then, Calibrated) and self.then.full_precision:
             raise ValueError(
                 f"SVDQuant.then is {self.then!r}, which makes up for the drift of the "

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32
 from qjax.core.formats import Ternary, tensor
 from qjax.core.granularity import Granularity
 from qjax.core.scales import Grid
-from qjax.train.quantizers import Trained, WeightQuantizer
+from qjax.train.quantizers import Trained, WeightQuantizer, check_granularity
 
 _TENSOR = tensor()
 
@@ -28,9 +28,15 @@ class BitNet(WeightQuantizer):
 
     Args:
       granularity: which weights share a scale; `tensor()`, as in the paper.
+
+    Raises:
+      ValueError: `granularity` is none.
     """
 
     granularity: Granularity = _TENSOR
+
+    def __post_init__(self):
+        check_granularity("BitNet", self.granularity)
 
     @property
     def weight_format(self) -> Ternary:

@@ -26,10 +26,16 @@ def finalize(params: Any, qstate: QState) -> Any:
       The tree, with a `QTensor` for each leaf that was trained quantized.
 
     Raises:
-      ValueError: an activation is still in float: nothing was observed, or its start
-        has not been reached.
+      ValueError: a leaf is missing, or an activation is still in float: nothing was
+        observed, or its start has not been reached.
     """
     leaves = dict(flatten_with_paths(params))
+    missing = [p.path for p in qstate.plans if p.path not in leaves]
+    if missing:
+        raise ValueError(
+            f"params has no {missing[0]}, which was trained quantized; give the tree "
+            "that fake_quantize was given, as trained"
+        )
     for p in qstate.plans:
         leaves[p.path] = _finished(p, leaves[p.path], qstate)
     treedef = jax.tree.structure(params, is_leaf=is_quantized)

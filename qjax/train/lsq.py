@@ -31,6 +31,7 @@ from qjax.train.quantizers import (
     WeightQuantizer,
     block_mean,
     check_bits,
+    check_granularity,
     check_static_granularity,
     positive,
     scale_gradient,
@@ -83,6 +84,7 @@ class LSQ(WeightQuantizer, InputQuantizer):
 
     def __post_init__(self):
         check_bits("LSQ", self.bits, 2, 8)
+        check_granularity("LSQ", self.granularity)
 
     @property
     def ends(self) -> tuple[int, int]:

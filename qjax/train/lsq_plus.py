@@ -32,6 +32,7 @@ from qjax.train.quantizers import (
     WeightQuantizer,
     block_mean,
     check_bits,
+    check_granularity,
     check_static_granularity,
     positive,
     scale_gradient,
@@ -60,6 +61,7 @@ class LSQPlus(WeightQuantizer, InputQuantizer):
 
     def __post_init__(self):
         check_bits("LSQPlus", self.bits, 2, 8)
+        check_granularity("LSQPlus", self.granularity)
 
     @property
     def weight_format(self) -> Int:

@@ -64,6 +64,12 @@ class Observed(InputQuantizer):
                 )
         if self.freeze is not None and self.freeze < 1:
             raise ValueError("Observed.freeze is 0: no range would ever be observed")
+        if self.freeze is not None and self.freeze < self.start:
+            raise ValueError(
+                f"Observed.freeze is {self.freeze}, before Observed.start, "
+                f"{self.start}: the ranges would be out of date where they are first "
+                "used"
+            )
 
     @property
     def activation(self) -> Activation:

@@ -33,6 +33,7 @@ from qjax.train.quantizers import (
     Trained,
     WeightQuantizer,
     block_mean,
+    check_granularity,
     positive,
     scale_gradient,
     spread_over,
@@ -61,6 +62,7 @@ class ParetoQ(WeightQuantizer):
     def __post_init__(self):
         if self.bits not in BITS or isinstance(self.bits, bool):
             raise ValueError(f"ParetoQ.bits must be one of {BITS}, got {self.bits!r}")
+        check_granularity("ParetoQ", self.granularity)
 
     @property
     def weight_format(self) -> Format:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float32
 from qjax.core.coded import encode
 from qjax.core.formats import Format
 from qjax.core.lowrank import best_rank
+from qjax.methods.base import check_format
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,15 @@ class PiSSA:
 
     Args:
       weights: how the rest is stored; None leaves it in float.
+
+    Raises:
+      ValueError: `weights` is no format.
     """
 
     weights: Format | None = None
+
+    def __post_init__(self):
+        check_format("PiSSA", "weights", self.weights)
 
     @property
     def statistic(self) -> None:

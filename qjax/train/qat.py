@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.core.formats import NVFP4
 from qjax.methods.rtn import RTN
@@ -55,7 +56,8 @@ def fake_quantize(
 
     Raises:
       ValueError: a pattern matches nothing, layers of one stacked leaf have different
-        steps, or a method must see data and there is none.
+        steps, a method must see data and there is none, weights or what is seen are not
+        finite, or `RTN` says of activations what training does not do.
       TypeError: a step is no `QAT`, a batch is no tuple, or a leaf is still on disk.
     """
     require_loaded(params)
@@ -86,18 +88,43 @@ def _as_step(step: Any) -> QAT:
         raise TypeError(
             f"a recipe for training holds QAT(...) or RTN(...) steps, got {step!r}"
         )
+    _check_trained(step)
     own, inputs = step.activation, None
-    if own is not None and own.outliers is None:
-        static = not own.dynamic and not isinstance(own.format, NVFP4)
-        inputs = Observed(own.format) if static else StraightThrough(own.format)
+    if own is not None:
+        kind = StraightThrough if own.dynamic else Observed
+        inputs = kind(own.format)
     weights = StraightThrough(step.format, step.search, step.rounding)
     return QAT(weights, inputs, step.targets, step.ignore)
+
+
+def _check_trained(step: RTN) -> None:
+    """Refuse what a step says of activations and training does otherwise."""
+    own = step.activation
+    if step.calibrator is not None:
+        raise ValueError(
+            f"RTN.calibrator is {step.calibrator!r}, and training observes a moving "
+            "average of the ranges; leave it out, or say how with QAT and Observed"
+        )
+    if own is None:
+        return
+    if own.outliers is not None:
+        raise ValueError(
+            f"RTN.activations has outliers={own.outliers!r}, and training codes all "
+            "features alike; take activations without outliers"
+        )
+    if isinstance(own.format, NVFP4) and not own.dynamic:
+        raise ValueError(
+            "the activations of RTN are nvfp4 with a static global scale, which "
+            "training does not observe; take one of each batch, "
+            "QAT(StraightThrough(NVFP4()), StraightThrough(NVFP4()))"
+        )
 
 
 def _plans(
     steps: Sequence[QAT], found: Sites, leaves: dict[str, Any]
 ) -> tuple[Plan, ...]:
     def one(job: Any) -> Plan:
+        _check_finite(job.names, leaves[job.path])
         if len(set(job.steps)) > 1:
             raise ValueError(
                 f"{job.path} is one stacked leaf; all its layers are trained by one "
@@ -112,6 +139,21 @@ def _plans(
         return Plan(job.path, job.layout, job.shape, dtype, step, tuple(kinds))
 
     return tuple(one(job) for job in plan(steps, found, leaves))
+
+
+def _check_finite(names: tuple[str, ...], leaf: Any) -> None:
+    counts = np.asarray(_not_finite(jnp.asarray(leaf), len(names)))
+    if counts.any():
+        worst = int(np.flatnonzero(counts)[0])
+        raise ValueError(
+            f"{names[worst]} holds {counts[worst]} NaN or Inf of "
+            f"{leaf.size // len(names)} values; train finite weights"
+        )
+
+
+@partial(jax.jit, static_argnums=1)
+def _not_finite(leaf: jax.Array, layers: int) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(leaf.reshape(layers, -1)), axis=1)
 
 
 def _observes(plan: Plan) -> bool:
@@ -133,6 +175,11 @@ def _initial(plan: Plan, leaf: Any, seen: Sequence[Seen | None]) -> dict[str, An
             raise ValueError(
                 f"{type(inputs).__name__} starts from the activations of {plan.path}, "
                 "and none was seen: give calibration=[(inputs, ...), ...]"
+            )
+        if seen is not None and not bool(jnp.all(jnp.isfinite(seen.magnitude))):
+            raise ValueError(
+                f"the input of {plan.path} is NaN or Inf in a calibration batch; "
+                f"{type(inputs).__name__} starts from finite activations"
             )
         return inputs.init_inputs(seen, plan.lead(kind))
 

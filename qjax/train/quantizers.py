@@ -223,6 +223,19 @@ def check_bits(owner: str, bits: Any, low: int, high: int) -> None:
         )
 
 
+def check_granularity(owner: str, granularity: Any) -> None:
+    """Refuse what does not say which weights share a scale.
+
+    Raises:
+      ValueError: naming the owner and the value.
+    """
+    if not isinstance(granularity, Granularity):
+        raise ValueError(
+            f"{owner}.granularity must be tensor(), channel(), group(n) or block(r, c),"
+            f" got {granularity!r}"
+        )
+
+
 def check_static_granularity(owner: str, granularity: Granularity) -> None:
     """Refuse blocks of tokens: a learned range belongs to features.
 

@@ -25,7 +25,8 @@ class StraightThrough(WeightQuantizer, InputQuantizer):
     Args:
       format: of weights, such as `Int(4, group(128))`, or of activations, with dynamic
         ranges, such as `Int(8, token())`.
-      search: how the range of each group of weights is chosen.
+      search: how the range of each group of weights is chosen; activations have the
+        range of the batch.
       rounding: of weights, "nearest" or "stochastic"; stochastic where `f_qat` is given
         a key. The finished model has the nearest codes.
 
@@ -70,6 +71,16 @@ class StraightThrough(WeightQuantizer, InputQuantizer):
     @property
     def activation(self) -> Activation:
         """How the input is coded."""
+        if self.rounding != "nearest":
+            raise ValueError(
+                f"StraightThrough.rounding is {self.rounding!r}, which is for weights; "
+                "activations are rounded to nearest"
+            )
+        if not isinstance(self.search, MinMax):
+            raise ValueError(
+                f"StraightThrough.search is {self.search!r}, which is for weights; "
+                "activations have the range of the batch at hand"
+            )
         return Activation(self.format)
 
     def input_grid(self, trained: Trained) -> Grid | None:

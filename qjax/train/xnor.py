@@ -21,7 +21,12 @@ from qjax.core.formats import Binary, channel
 from qjax.core.granularity import Granularity, block_sizes, spread
 from qjax.core.rounding import clamp
 from qjax.core.scales import Grid
-from qjax.train.quantizers import Trained, WeightQuantizer, spread_over
+from qjax.train.quantizers import (
+    Trained,
+    WeightQuantizer,
+    check_granularity,
+    spread_over,
+)
 
 _CHANNEL = channel()
 
@@ -32,9 +37,15 @@ class XNOR(WeightQuantizer):
 
     Args:
       granularity: which weights share a scale; `channel()`, as in the paper.
+
+    Raises:
+      ValueError: `granularity` is none.
     """
 
     granularity: Granularity = _CHANNEL
+
+    def __post_init__(self):
+        check_granularity("XNOR", self.granularity)
 
     @property
     def weight_format(self) -> Binary:

@@ -236,6 +236,9 @@ def test_refusals():
         run((TUNED, qjax.BiasCorrection()))
     with pytest.raises(TypeError, match="solves single sites"):
         qjax.QEP(then=TUNED)
+    kept = qjax.Activation(qjax.Int(8, qjax.token()), outliers=6.0)
+    with pytest.raises(ValueError, match=r"AutoRound\.activations has outliers=6\.0"):
+        AutoRound(weights=W2, activations=kept)
     with pytest.raises(ValueError, match="give key"):
         qjax.quantize(unrolled, model(), TUNED, batches(), progress=False)
     bad = [(np.full((4, 8, D), np.inf, np.float32),)]

@@ -222,3 +222,15 @@ def test_refusals():
     tuned = qjax.AutoRound(weights=INT3, iters=2), qjax.QERA(rank=R)
     with pytest.raises(ValueError, match="QERA cannot repair"):
         qjax.quantize(f, {"w": W}, tuned, [(X,)], key=key, progress=False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [qjax.LPLR, qjax.LoRC, qjax.LoftQ, lambda: qjax.SVDQuant(qjax.RTN("W4A16"))],
+)
+def test_the_format_of_factors_is_one(make):
+    made = make()
+    # No type checker stands before the method's own check.
+    object.__setattr__(made, "factors", "int8")
+    with pytest.raises(ValueError, match=r"\.factors must be a format .* got 'int8'"):
+        made.__post_init__()
