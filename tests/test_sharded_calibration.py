@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,51 @@ def test_eight_devices_give_the_codes_of_one(known, data, model):
     for one, many in zip(known["one"][1].sites, report.sites, strict=True):
         assert many.samples == one.samples == 640
         assert many.error == pytest.approx(one.error, rel=1e-3)
+
+
+def gained(p, x):
+    for layer in p:
+        x = x + jnp.tanh((x * layer["norm"]) @ layer["up"]) @ layer["down"]
+    return x
+
+
+W4 = qjax.Int(4, qjax.group(16))
+RECIPES = {
+    "awq": (qjax.AWQ(), qjax.RTN(weights=W4)),
+    "smoothquant": (qjax.SmoothQuant(), qjax.RTN(weights=W4)),
+    "autoround": qjax.AutoRound(weights=W4, iters=50),
+}
+
+
+@pytest.fixture(scope="module")
+def both(known):
+    """A recipe on one device and on eight."""
+
+    @cache
+    def run(name):
+        layers = [{**layer, "norm": jnp.ones(32)} for layer in known["params"]()[:2]]
+        given = gained, layers, RECIPES[name], known["batches"]()
+        options = {"progress": False, "key": jax.random.key(0)}
+        axes = {"axis_types": (AxisType.Auto,) * 2}
+        mesh = jax.make_mesh((4, 2), ("data", "model"), **axes)
+        one = qjax.quantize_with_report(*given, **options)
+        return one, qjax.quantize_with_report(*given, **options, mesh=mesh)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["awq", "smoothquant"])
+def test_transforms_give_the_codes_of_one(both, name):
+    (one, _), (many, _) = both(name)
+    assert same_codes(many, one) >= 0.995
+
+
+def test_blocks_are_solved_as_well_as_on_one(both):
+    """Batches that run together are drawn together, so that other steps are made."""
+    (_, one), (_, many) = both("autoround")
+    for a, b in zip(one.sites, many.sites, strict=True):
+        assert b.error < b.error_before
+        assert b.error == pytest.approx(a.error, rel=0.1)
 
 
 def test_a_mesh_repeats_itself_bit_for_bit(known):

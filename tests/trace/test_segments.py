@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
+from qjax.quantize import quantize_with_report
+from qjax.scalesearch import linear_errors, module_errors
 from qjax.sitesolver import _solve
 from qjax.trace.rows import _run_update
 from qjax.trace.segments import live, run_code
@@ -144,6 +147,33 @@ def test_programs_do_not_grow_with_depth(kit, scan):
     assert counts[0] == counts[1]
     assert compiled[0] == compiled[1]
     assert counts[0] < 20
+
+
+def gained(params, x):
+    for p in params:
+        x = x + jnp.tanh((x * p["norm"]) @ p["up"]) @ p["down"]
+    return x
+
+
+def moved(layers, transform):
+    """Sizes of the caches behind a transform's pass and the rounding after it."""
+    rng = np.random.default_rng(0)
+    shapes = {"up": (16, 32), "down": (32, 16)}
+    one = {n: rng.normal(size=s).astype(np.float32) / 4 for n, s in shapes.items()}
+    params = [{**one, "norm": np.ones(16, np.float32)} for _ in range(layers)]
+    batches = [(rng.normal(size=(24, 16)).astype(np.float32),)]
+    recipe = transform, qjax.RTN(weights=qjax.Int(4, qjax.channel()))
+    _, report = quantize_with_report(gained, params, recipe, batches, progress=False)
+    assert len(report.transforms) == 2 * layers
+    assert any(row.into for row in report.transforms)
+    return [*sizes(), *(f._cache_size() for f in (linear_errors, module_errors))]
+
+
+@pytest.mark.parametrize("name", ["AWQ", "SmoothQuant"])
+def test_programs_of_transforms_do_not_grow_with_depth(name):
+    """16 layers compile nothing that 4 have not."""
+    transform = getattr(qjax, name)()
+    assert moved(4, transform) == moved(16, transform)
 
 
 def test_layers_that_differ_do_not_share(kit):
