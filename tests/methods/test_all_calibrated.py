@@ -273,6 +273,63 @@ def test_4_scan_equals_unrolled(row):
     assert same(stack(flat(row.recipe))["layers"], deep["layers"])
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant"])
+def test_4_scan_equals_unrolled_in_bf16(name):
+    recipe, dtype = ROWS[name].recipe, jnp.bfloat16
+    one, deep = flat(recipe, dtype), run(recipe, scanned, stack(make(dtype)))
+    assert same(stack(one)["layers"], deep["layers"])
+    a, b = qjax.apply(unrolled)(one, TOKENS), qjax.apply(scanned)(deep, TOKENS)
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    # Eight bits of mantissa through two residual layers.
+    np.testing.assert_allclose(a, b, rtol=0, atol=2**-6 * np.abs(a).max())
+
+
+SITES = ("gptq", "gptq-group", "gptaq", "qep", "imatrix", "sequential-mse", "rptq")
+
+
+def measured(method, *dtypes):
+    """What the method asks to know of an input, and of how it has drifted."""
+    rng = np.random.default_rng(9)
+    full = rng.normal(size=(200, D)) * np.exp(rng.normal(size=D))
+    x, full = (jnp.asarray(a) for a in (full + rng.normal(size=full.shape), full))
+    for dtype in dtypes:
+        x, full = x.astype(dtype), full.astype(dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        return {
+            name: each.update(each.init(D), x, jnp.ones(200), full)
+            for name, each in method.statistics.items()
+        }
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_5_jit_equals_no_jit(name):
+    method, w = ROWS[name].method, make()["layers"][0]["up"]["kernel"][:, :16]
+    states = measured(method, jnp.float32)
+    stats = {n: each.finalize(states[n]) for n, each in method.statistics.items()}
+
+    def solve(w, stats):
+        return method.solve_site(w, stats, None).decoded()
+
+    a, b = solve(w, stats), jax.jit(solve)(w, stats)
+    # A code on the edge between two may fall to either side.
+    assert float(jnp.mean(jnp.abs(a - b) > 1e-5)) < 0.01
+    assert float(jnp.abs(a - b).max()) < float(jnp.abs(w).max()) / 2
+    q = flat(ROWS[name].recipe)
+    y, z = qjax.apply(unrolled)(q, TOKENS), jax.jit(qjax.apply(unrolled))(q, TOKENS)
+    slack = 1e-6 if method.activation is None else 2e-4
+    np.testing.assert_allclose(y, z, rtol=0, atol=slack * float(jnp.abs(y).max()))
+
+
+@rows
+def test_9_statistics_are_float32(row):
+    """Those of an input in bf16 are those of the same values in float32."""
+    steps = row.recipe if isinstance(row.recipe, tuple) else (row.recipe,)
+    for step in (s for s in steps if getattr(s, "statistics", {})):
+        short = measured(step, jnp.bfloat16)
+        assert {x.dtype for x in jax.tree.leaves(short)} == {jnp.dtype("float32")}
+        assert same(short, measured(step, jnp.bfloat16, jnp.float32))
+
+
 def output_error(recipe) -> float:
     """Of the logits, for the calibration inputs."""
     quantized = flat(recipe)
