@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEPENDS := pyproject.toml requirements.lock
+PYTEST := $(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock
 
 .PHONY: demo test check unit kernels-check lock clean
@@ -19,8 +20,11 @@ check: .venv/.test
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python scripts/render_tables.py --check
 
+# Compiling takes most of the time, and fusions through MLIR a third of it. What is
+# marked `optimized` is compiled as users compile.
 unit: .venv/.test
-	$(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
+	XLA_FLAGS=--xla_cpu_use_fusion_emitters=false $(PYTEST) -m 'not optimized'
+	$(PYTEST) -m optimized
 
 # Kernels and plans, compiled for hardware that is not there, each run with the compiler
 # named for it. These lie apart: beside JAX they would be started by every program.

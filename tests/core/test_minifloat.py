@@ -9,6 +9,8 @@ import pytest
 from qjax.core import minifloat
 from qjax.core.rounding import round_nearest, round_stochastic
 
+pytestmark = pytest.mark.optimized
+
 TYPES = {
     "E2M1": ml_dtypes.float4_e2m1fn,
     "E2M3": ml_dtypes.float6_e2m3fn,
