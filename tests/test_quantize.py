@@ -136,7 +136,7 @@ def test_bad_calls_are_refused_in_a_sentence():
         run(chain, params, RTN(), None)
     with pytest.raises(ValueError, match="give calibration"):
         run(chain, params, RTN(), [])
-    with pytest.raises(TypeError, match=r"write \(tokens,\)"):
+    with pytest.raises(TypeError, match=r"write \(x,\)"):
         run(chain, params, RTN(), [X])
     with pytest.raises(ValueError, match=r"give key=jax.random.key"):
         run(chain, params, RTN(rounding="stochastic"))
