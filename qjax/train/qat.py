@@ -142,7 +142,10 @@ def _plans(
 
 
 def _check_finite(names: tuple[str, ...], leaf: Any) -> None:
-    counts = np.asarray(_not_finite(jnp.asarray(leaf), len(names)))
+    if isinstance(leaf, jax.core.Tracer):
+        return  # has no values yet
+    with jax.ensure_compile_time_eval():  # what is traced may hold known weights
+        counts = np.asarray(_not_finite(jnp.asarray(leaf), len(names)))
     if counts.any():
         worst = int(np.flatnonzero(counts)[0])
         raise ValueError(
