@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from qjax.core.formats import NVFP4
 from qjax.methods.rtn import RTN
@@ -142,7 +143,7 @@ def _plans(
 
 
 def _check_finite(names: tuple[str, ...], leaf: Any) -> None:
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         return  # has no values yet
     with jax.ensure_compile_time_eval():  # what is traced may hold known weights
         counts = np.asarray(_not_finite(jnp.asarray(leaf), len(names)))
