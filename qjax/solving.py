@@ -106,13 +106,8 @@ class Job:
             yield matrix[i]
 
     def _check(self, bad: Int[Array, "slices"]) -> None:
-        counts = np.asarray(bad).reshape(len(self.names), -1).sum(-1)
-        if counts.any():
-            worst = int(np.flatnonzero(counts)[0])
-            raise ValueError(
-                f"{self.names[worst]} holds {counts[worst]} NaN or Inf of "
-                f"{prod(self.shape) // len(self.names)} values; quantize finite weights"
-            )
+        each = prod(self.shape) // len(self.names)
+        refuse_non_finite(self.names, bad, each, "quantize finite weights")
 
     def input(self, number: int) -> Any:
         """What slices have in common that may be solved side by side."""
@@ -194,6 +189,27 @@ class Piece:
 
 
 Pieces = dict[int, Piece]
+
+
+def refuse_non_finite(names: Sequence[str], bad: Any, each: int, remedy: str) -> None:
+    """Refuse a leaf with NaN or Inf.
+
+    Args:
+      names: its layers.
+      bad: how many there are in each of its slices, in the layers' order.
+      each: values of a layer.
+      remedy: what to do instead.
+
+    Raises:
+        ValueError: naming the first such layer, and how many.
+    """
+    counts = np.asarray(bad).reshape(len(names), -1).sum(-1)
+    if counts.any():
+        worst = int(np.flatnonzero(counts)[0])
+        raise ValueError(
+            f"{names[worst]} holds {counts[worst]} NaN or Inf of {each} values; "
+            f"{remedy}"
+        )
 
 
 @jax.jit

@@ -232,13 +232,14 @@ def within(
         raise ValueError(f"{owner}.{field} must be in ({low}, {high}], got {value!r}")
 
 
-def check_format(owner: str, field: str, value: Any) -> None:
-    """Refuse what is no number format; None stands for no format.
+def check_format(owner: str, field: str, value: Any, required: bool = False) -> None:
+    """Refuse what is no number format; None stands for no format unless required.
 
     Raises:
         ValueError: naming the field and the value.
     """
-    if value is not None and not isinstance(value, Format):
+    absent = value is None and not required
+    if not absent and not isinstance(value, Format):
         raise ValueError(
             f"{owner}.{field} must be a format such as Int(8), got {value!r}"
         )

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from qjax.core.formats import Format, Int
 from qjax.core.lowrank import best_rank, each, kept
 from qjax.core.qtensor import Activation
-from qjax.methods.base import Solution, check_patterns, within
+from qjax.methods.base import Solution, check_format, check_patterns, within
 
 _INT8 = Int(8)
 
@@ -60,10 +60,7 @@ class LPLR:
         check_patterns("LPLR", self.targets, self.ignore)
         whole = isinstance(self.rank, int)
         within("LPLR", "rank", self.rank, 0, np.inf if whole else 1)
-        if not isinstance(self.factors, Format):
-            raise ValueError(
-                f"LPLR.factors must be a format such as Int(8), got {self.factors!r}"
-            )
+        check_format("LPLR", "factors", self.factors, required=True)
 
     @property
     def format(self) -> Format:

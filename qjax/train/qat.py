@@ -13,6 +13,7 @@ from jax.core import Tracer
 from qjax.core.formats import NVFP4
 from qjax.methods.rtn import RTN
 from qjax.planning import plan
+from qjax.solving import refuse_non_finite
 from qjax.trace.batches import as_batch, as_batches
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.program import require_loaded
@@ -146,13 +147,8 @@ def _check_finite(names: tuple[str, ...], leaf: Any) -> None:
     if isinstance(leaf, Tracer):
         return  # has no values yet
     with jax.ensure_compile_time_eval():  # what is traced may hold known weights
-        counts = np.asarray(_not_finite(jnp.asarray(leaf), len(names)))
-    if counts.any():
-        worst = int(np.flatnonzero(counts)[0])
-        raise ValueError(
-            f"{names[worst]} holds {counts[worst]} NaN or Inf of "
-            f"{leaf.size // len(names)} values; train finite weights"
-        )
+        bad = np.asarray(_not_finite(jnp.asarray(leaf), len(names)))
+    refuse_non_finite(names, bad, leaf.size // len(names), "train finite weights")
 
 
 @partial(jax.jit, static_argnums=1)

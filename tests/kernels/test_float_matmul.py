@@ -154,14 +154,9 @@ def test_the_reference_equals_float64(case):
 )
 def test_other_generations_mean_the_same(generation, case, backend):
     """Of float8 tokens; and v7x converts e2m1 by itself."""
-    if "interpret" not in backend.options:
-        pytest.skip("hardware has its own generation")
     weight, w = drawn(case)
     x, x_scale = tokens(case)
-    y = backend.run(
-        "float_matmul", x, weight, x_scale=x_scale, dtype=jnp.float32,
-        tpu={"blocks": case.blocks, "generation": generation},
-    )  # fmt: skip
+    y = product(backend.simulating(generation), x, weight, case, x_scale)
     true, bound = exact(x, x_scale, w)
     assert (np.abs(np.asarray(y, np.float64) - true) <= bound).all()
 

@@ -105,17 +105,17 @@ def exact(case, x, q, scale, zero):
     return x @ w, np.abs(x) @ np.abs(w), held
 
 
-def product(backend, x, weight, case, **tpu):
+def product(backend, x, weight, case):
     return backend.run(
         "int_matmul", x, weight, int8_tokens=case.int8, dtype=jnp.float32,
-        tpu={"blocks": case.blocks, **tpu},
+        tpu={"blocks": case.blocks},
     )  # fmt: skip
 
 
-def agrees(case, backend, **tpu):
+def agrees(case, backend):
     weight, q, scale, zero = drawn(case)
     x = jax.random.normal(jax.random.key(1), (case.M, case.K), jnp.bfloat16)
-    y = np.asarray(product(backend, x, weight, case, **tpu), np.float64)
+    y = np.asarray(product(backend, x, weight, case), np.float64)
     if case.int8:
         codes, steps = reference.quantize_tokens(x)
         x = np.asarray(codes, np.float64) * np.asarray(steps, np.float64)
@@ -142,9 +142,7 @@ def test_equals_float64(case, backend):
 )
 def test_other_generations_mean_the_same(generation, case, backend):
     """Scales in bfloat16 on v6e and v7x; v7x contracts int8 codes in bfloat16."""
-    if "interpret" not in backend.options:
-        pytest.skip("hardware has its own generation")
-    agrees(case, backend, generation=generation)
+    agrees(case, backend.simulating(generation))
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[-1]], ids=lambda c: c.id)

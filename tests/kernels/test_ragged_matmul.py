@@ -111,19 +111,19 @@ def exact(case, x, q, scale, zero):
     return y, terms, held
 
 
-def run(backend, case, x, experts, **tpu):
+def run(backend, case, x, experts):
     sizes = jnp.array(case.sizes, jnp.int32)
     y = backend.run(
         "ragged_matmul", x, experts, sizes, int8_tokens=case.int8, dtype=jnp.float32,
-        tpu={"blocks": case.blocks, **tpu},
+        tpu={"blocks": case.blocks},
     )  # fmt: skip
     return np.asarray(y, np.float64)
 
 
-def agrees(case, backend, **tpu):
+def agrees(case, backend):
     experts, q, scale, zero = drawn(case)
     x = jax.random.normal(jax.random.key(1), (case.M, case.K), jnp.bfloat16)
-    y = run(backend, case, x, experts, **tpu)
+    y = run(backend, case, x, experts)
     values = np.asarray(x, np.float64)
     if case.int8:
         codes, steps = quantize_tokens(x)
@@ -151,9 +151,7 @@ def test_equals_float64(case, backend):
 )
 def test_other_generations_mean_the_same(generation, case, backend):
     """Scales in bfloat16 on v6e and v7x; v7x contracts int8 codes in bfloat16."""
-    if "interpret" not in backend.options:
-        pytest.skip("hardware has its own generation")
-    agrees(case, backend, generation=generation)
+    agrees(case, backend.simulating(generation))
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=lambda case: case.id)
