@@ -106,9 +106,13 @@ def measure(label: str, case: Any) -> Record:
     return Record(label, program.config, metrics, context(program))
 
 
-def main(words: list[str]) -> None:
-    """Measure what is not there yet; what a kernel refuses is said."""
+def main(words: list[str]) -> str | None:
+    """Measure what is not there yet; the return value is what did not compile.
+
+    What a kernel refuses is said; a compiler's error ends one program, not the rest.
+    """
     there = {record.label for record in read(OUT)} if OUT.exists() else set()
+    failed = []
     for label, case in cases(words):
         if label in there:
             continue
@@ -117,8 +121,13 @@ def main(words: list[str]) -> None:
         except ValueError as refused:
             print(f"{label} is refused: {refused}", flush=True)
             continue
+        except jax.errors.JaxRuntimeError as error:
+            failed.append(f"{label} does not compile: {str(error).splitlines()[0]}")
+            print(failed[-1], flush=True)
+            continue
         append(OUT, record)
         print(label, record.metrics, flush=True)
+    return "\n".join(failed) or None
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ GATE = tuple(
         Case("v5e", 4, M=256),
         Case("v6e", 4),
         Case("v6e", 4, M=256),
+        Case("v6e", 4, 32, K=14336, N=4096),
         Case("v7x", 4),
         Case("v7x", 4, zero=True, int8=True),
         Case("v5e", 3),

@@ -346,11 +346,16 @@ def _columns(refs: Refs, step: Any, first: int, stop: int, plan: Plan) -> Any:
 
 
 def _inputs(refs: Refs, step: Any, first: int, stop: int, plan: Plan) -> Any:
-    """The same of tokens as they are given."""
+    """The same of tokens as they are given.
+
+    What starts at an address known at run time is read in whole registers.
+    """
     if not plan.whole_tokens or plan.steps == 1:
         return refs.x[:, first:stop]
+    low, high = first // LANES * LANES, -(-stop // LANES) * LANES
     start = pl.multiple_of(step * plan.blocks.k, plan.blocks.k)
-    return refs.x[:, pl.ds(start + first, stop - first)]
+    x = refs.x[:, pl.ds(start + low, high - low)]
+    return x[:, first - low : stop - low]
 
 
 def _unbiased(refs: Refs, y: Any, first: int, columns: Any, step: Any, plan: Plan):
