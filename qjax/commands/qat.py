@@ -100,8 +100,7 @@ class TrainQuantized:
         start = computing(model.params, "float32")
         trained = {"params": start, "qstate": qstate.trained}
         state = run_training(
-            self.training,
-            self.out,
+            self,
             f"{model.name}: {self.method}, {step.weights.weight_format.name}",
             training_step(loss, optimiser),
             begin(trained, optimiser, qstate.observed),

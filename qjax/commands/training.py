@@ -1,9 +1,10 @@
 """What training subcommands take: a text, a schedule, and a folder for the run."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from qjax.train.loop import read_metrics, run_job
 from qjax.train.offload import offloaded
 from qjax.train.sharded import batch_sharding, shardings, training_mesh
 from qjax.train.step import TrainState
+
+FREE = {"out", "run", "eval_every", "save_every", "offload", "data_parallel", "fsdp"}
+"""Options that a job may change when it goes on."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,23 @@ class TrainingOptions:
         return rows[chosen]
 
 
+@runtime_checkable
+class Job(Protocol):
+    """A subcommand that trains."""
+
+    @property
+    def out(self) -> Path:
+        """What it writes."""
+        ...
+
+    @property
+    def training(self) -> TrainingOptions:
+        """How."""
+        ...
+
+
 def run_training(
-    options: TrainingOptions,
-    out: Path,
+    job: Job,
     title: str,
     step: Callable[..., tuple[TrainState, Any]],
     state: TrainState,
@@ -170,17 +188,21 @@ def run_training(
     """Train with checkpoints, metrics and a picture of the losses.
 
     Args:
-      options: of the command.
-      out: the command's result; the run's folder has its name.
+      job: the command; the run's folder has its result's name.
       title: of the picture.
       step: as `qjax.train.step.training_step` makes it.
       state: before the first step.
       held_out_loss: `held_out_loss(state, tokens, *frozen)`.
       data: windows to train on, and held-out ones.
       frozen: further arguments of `step` and `held_out_loss`.
+
+    Raises:
+      ValueError: the run's folder holds a job with other options.
     """
     rows, held = data
-    mesh, key, folder = options.mesh(), options.key(), options.folder(out)
+    options = job.training
+    mesh, key, folder = options.mesh(), options.key(), options.folder(job.out)
+    _check_same_job(job, folder)
     # The start is given away to the first step; parameters are still the model's.
     state = replace(state, trained=jax.tree.map(jnp.copy, state.trained))
     measure = jax.jit(held_out_loss)
@@ -226,3 +248,25 @@ def run_training(
     )
     loss_plot(folder / "loss.png", read_metrics(folder), title)
     return state
+
+
+def _check_same_job(job: Any, folder: Path) -> None:
+    """Write a job's options down; those of one that goes on must be the same."""
+    options = asdict(job)
+    own = options.pop("training") | options
+    own = {name: str(own[name]) for name in sorted(own.keys() - FREE)}
+    file = folder / "options.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+        new.replace(file)
+        return
+    known = json.loads(file.read_text(encoding="utf-8"))
+    other = [name for name in sorted(own | known) if own.get(name) != known.get(name)]
+    if other:
+        name = other[0]
+        raise ValueError(
+            f"--{name.replace('_', '-')} is {own.get(name)}, but the job in {folder} "
+            f"began with {known.get(name)}: give that, or another --run"
+        )

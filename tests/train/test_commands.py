@@ -31,15 +31,24 @@ TRAINING = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("model"), 32)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Whose linears have whole groups in checkpoints."""
+    return made(tmp_path_factory.mktemp("wide"), 128)
+
+
+def made(folder, width):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
-        hidden_size=32,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
@@ -47,9 +56,9 @@ def model(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     table = {chr(code): code for code in range(128)}
-    made = Tokenizer(models.WordLevel(table, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+    letters = Tokenizer(models.WordLevel(table, unk_token="?"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
     return folder
 
 
@@ -130,6 +139,64 @@ def test_finetune_writes_a_peft_folder(model, text, tmp_path, capsys):
     assert losses(tmp_path / "adapter.run")[-1] < losses(tmp_path / "adapter.run")[0]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--start=pissa",),
+        ("--start=loftq", "--scheme=NF4"),
+        ("--start=qera", "--scheme=W4A16", "--targets", "*attn*"),
+    ],
+    ids=lambda options: options[0][8:],
+)
+def test_a_start_gives_peft_the_model_that_was_trained(
+    options, wide, text, tmp_path, capsys
+):
+    """PEFT's held-out loss, of the folders alone, is what training ended with."""
+    peft = pytest.importorskip("peft")
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        CompressedTensorsConfig,
+    )
+
+    decoded = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    how = decoded if "--scheme=W4A16" in options else {}
+    options = ["--rank=4", f"--text={text}", *TRAINING, *options]
+    code, printed = run(capsys, "finetune", wide, tmp_path / "a", *options)
+    assert code == 0, printed.err
+    base = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    base = base["base_model_name_or_path"]
+    assert base == str(wide if "--start=pissa" in options else tmp_path / "a.base")
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype="float32", **how)
+    if "--scheme=NF4" in options:  # whose product on a CPU rounds to bfloat16
+        loaded = loaded.dequantize()
+    loaded = peft.PeftModel.from_pretrained(loaded, str(tmp_path / "a")).eval()
+    tokens = AutoTokenizer.from_pretrained(wide)(text.read_text())["input_ids"]
+    held = torch.tensor(np.reshape(tokens[: len(tokens) // 16 * 16], (-1, 16))[-4:])
+    with torch.no_grad():
+        logits = loaded(held).logits[:, :-1].reshape(-1, 128)
+    loss = torch.nn.functional.cross_entropy(logits, held[:, 1:].reshape(-1)).item()
+    lines = read_metrics(tmp_path / "a.run")
+    ours = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert ours[-1] == pytest.approx(loss, rel=1e-5) and ours[-1] < ours[0]
+
+
+def test_a_job_goes_on_with_its_own_options(model, text, tmp_path, capsys):
+    options = ["--rank=4", f"--text={text}", *TRAINING]
+    code, printed = run(capsys, "finetune", model, tmp_path / "a", *options)
+    assert code == 0, printed.err
+    again = [*options, f"--run={tmp_path / 'a.run'}"]
+    code, printed = run(capsys, "finetune", model, tmp_path / "b", *again, "--rank=8")
+    assert code == 1 and "--rank is 8, but the job in" in printed.err
+    assert "began with 4: give that, or another --run" in printed.err
+    code, printed = run(capsys, "finetune", model, tmp_path / "b", *again)
+    assert code == 0, printed.err
+    arrays = [load_file(tmp_path / x / "adapter_model.safetensors") for x in "ab"]
+    assert all(np.array_equal(arrays[0][n], arrays[1][n]) for n in arrays[0])
+
+
 def test_a_mesh_and_a_precision(model, text, tmp_path, capsys):
     """On four devices the losses of one; in bfloat16 what is trained stays float32."""
     options = ["--scheme=NF4_DQ", "--rank=4", f"--text={text}", *TRAINING]
@@ -157,6 +224,12 @@ def test_errors_are_sentences(model, text, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     code, printed = run(capsys, "finetune", model, tmp_path / "there")
     assert code == 1 and "exists; give the name of a new folder" in printed.err
+    for wrong, said in (
+        (["--start=loftq"], "--start loftq makes up for what coding loses: give"),
+        (["--start=pissa", "--dora"], "--dora starts from the weights as they are"),
+    ):
+        code, printed = run(capsys, "finetune", model, tmp_path / "x", *wrong)
+        assert code == 1 and said in printed.err
     options = [f"--text={text}", "--steps=0"]
     code, printed = run(capsys, "qat", model, tmp_path / "x", *options)
     assert code == 1 and "--steps is 0: give 1 or more" in printed.err
