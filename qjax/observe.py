@@ -1,6 +1,6 @@
 """`observe`: statistics of the input of every site, without quantizing anything."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ from qjax.core.statistics import Statistic
 from qjax.leaves import Leaves
 from qjax.recipes import Candidate, matches, patterns_of
 from qjax.trace.batches import as_batches
+from qjax.trace.marks import Marks
 from qjax.trace.program import Program, is_arraylike, trace
-from qjax.trace.rows import Accumulator, Seen, finalized, mask_fits, merged, refusal
+from qjax.trace.rows import Accumulator, Seen, finalized, merged, refusal
 from qjax.trace.sites import Sites, sites
 from qjax.trace.stream import LeafKey, Point, Stream, find_points, lanes_of
 
@@ -63,12 +64,14 @@ def observe(
     points = find_points(lanes, lambda key: name(key) in chosen, name, repeated=True)
     leaves = Leaves(lanes[0].program.leaves)
     stream = Stream(lanes, points, leaves.read)
-    stream.start([[x for x in jax.tree.leaves(b) if is_arraylike(x)] for b in batches])
     masks = [None if mask_fn is None else mask_fn(*batch) for batch in batches]
+    marks = Marks(stream, masks)
+    arrays = [[x for x in jax.tree.leaves(b) if is_arraylike(x)] for b in batches]
+    stream.start(arrays, marks.kept)
     states: dict[str, Seen] = {}
     layouts: dict[str, Any] = {}
     for point in stream:
-        seen = _seen(asked, stream, point, masks)
+        seen = _seen(asked, marks, point)
         if seen is None:
             continue
         for each, op in zip(point.names, point.meetings):
@@ -79,19 +82,18 @@ def observe(
     return values if several else {each: value[""] for each, value in values.items()}
 
 
-def _seen(
-    asked: Mapping[str, Statistic], stream: Stream, point: Point, masks: Sequence[Any]
-) -> Seen | None:
+def _seen(asked: Mapping[str, Statistic], marks: Marks, point: Point) -> Seen | None:
     """What the sites of a point see; None if nothing can be seen, or nothing came."""
     if refusal(point.meetings[0]):
         return None
     accumulator = Accumulator()
     seen = accumulator.init(asked, point.meetings[0])
-    for number, op, x, full, rest in stream.inputs(point):
-        mask = masks[number]
-        if mask is not None and not mask_fits(op, x, mask):
+    for number, op, x, full, rest in marks.stream.inputs(point):
+        mask, fits = marks.take(number, op, x, rest)
+        if not fits:
+            shape = marks.masks[number].shape
             raise ValueError(
-                f"the mask of batch {number} has shape {mask.shape}, which does not "
+                f"the mask of batch {number} has shape {shape}, which does not "
                 f"fit the {op.call.M} tokens that {point.names[0]} sees"
             )
         seen = accumulator.update(asked, op, seen, x, full, rest, mask)

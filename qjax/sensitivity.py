@@ -29,9 +29,10 @@ from qjax.core.statistics import Hessian
 from qjax.leaves import Leaves
 from qjax.methods.base import solution_of
 from qjax.solving import Job
+from qjax.trace.marks import Marks
 from qjax.trace.paths import flatten_with_paths
 from qjax.trace.program import Program, is_arraylike, trace
-from qjax.trace.rows import Accumulator, Seen, finalized, mask_fits, refusal
+from qjax.trace.rows import Accumulator, Seen, finalized, refusal
 from qjax.trace.stream import LeafKey, Point, Stream, find_points, lanes_of
 
 Row = tuple[str, int]
@@ -169,27 +170,23 @@ def _points(
 
     leaves = Leaves(lanes[0].program.leaves)
     stream = Stream(lanes, find_points(lanes, wanted, name), leaves.read)
+    marks = Marks(stream, [question.mask(batch) for batch in question.batches])
     stream.start(
-        [[x for x in jax.tree.leaves(b) if is_arraylike(x)] for b in question.batches]
+        [[x for x in jax.tree.leaves(b) if is_arraylike(x)] for b in question.batches],
+        marks.kept,
     )
     accumulator = Accumulator()
-    masks = [question.mask(batch) for batch in question.batches]
     for point in stream:
         if not refusal(point.meetings[0]):
-            yield paths, leaves, point, _hessian(accumulator, stream, point, masks)
+            yield paths, leaves, point, _hessian(accumulator, marks, point)
 
 
-def _hessian(
-    accumulator: Accumulator, stream: Stream, point: Point, masks: Sequence[Any]
-) -> Seen:
+def _hessian(accumulator: Accumulator, marks: Marks, point: Point) -> Seen:
     asked = {"hessian": Hessian()}
     seen = accumulator.init(asked, point.meetings[0])
-    for number, op, x, full, rest in stream.inputs(point):
-        mask = masks[number]
-        fits = mask is not None and mask_fits(op, x, mask)
-        seen = accumulator.update(
-            asked, op, seen, x, full, rest, mask if fits else None
-        )
+    for number, op, x, full, rest in marks.stream.inputs(point):
+        mask, _ = marks.take(number, op, x, rest)
+        seen = accumulator.update(asked, op, seen, x, full, rest, mask)
     bad = int(np.sum(np.asarray(seen.bad)))
     if bad:
         raise ValueError(

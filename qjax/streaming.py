@@ -22,8 +22,9 @@ from qjax.report import SiteReport
 from qjax.sitesolver import Problem, solve_sites, statistics_of
 from qjax.solving import Job, Piece, Pieces, site_key, tensor_of
 from qjax.trace.blocks import block_points
+from qjax.trace.marks import Marks
 from qjax.trace.paired import unpaired
-from qjax.trace.rows import Accumulator, Seen, mask_fits, refusal
+from qjax.trace.rows import Accumulator, Seen, refusal
 from qjax.trace.stream import Lane, LeafKey, Point, Stream, find_points, key_of
 
 UNPAIRED = (
@@ -145,8 +146,8 @@ class Pass:
 
     def run(self, batches: Sequence[Any], masks: Sequence[Any]) -> None:
         """The whole pass, then what it did not reach."""
-        self.masks = masks
-        self.stream.start(batches)
+        self.masks, self.marks = masks, Marks(self.stream, masks)
+        self.stream.start(batches, self.marks.kept)
         done = self.recall()
         for point in self.stream:
             if self.stream.at >= done:
@@ -280,10 +281,8 @@ class Pass:
         unfit = ""
         for number, op, x, full, rest in self.stream.inputs(point):
             full = x if apart else full
-            mask = self.masks[number]
-            if mask is not None and not mask_fits(op, x, mask):
-                unfit = MASK_UNFIT.format("the tokens here")
-                mask = None
+            mask, fits = self.marks.take(number, op, x, rest)
+            unfit = unfit if fits else MASK_UNFIT.format("the tokens here")
             seen = self.accumulator.update(
                 statistics, op, seen, x, full, rest, mask, move
             )

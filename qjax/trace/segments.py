@@ -63,14 +63,18 @@ class Segment:
 
 def cut(tape: Tape, start: int, stop: int, wanted: Sequence[int]) -> Segment:
     """The operations `start:stop` and the free ones that they read, for `wanted`."""
-    ops = _with_free(tape, start, stop, wanted)
+    return stretch(tape, _with_free(tape, start, stop, wanted), wanted)
+
+
+def stretch(tape: Tape, ops: Sequence[Op], wanted: Sequence[int]) -> Segment:
+    """Operations of a tape, in its order, for `wanted`."""
     made = {out for op in ops for out in op.outs}
     reads = [x for op in ops for x in op.ins if isinstance(x, int)]
     reads = list(dict.fromkeys(x for x in reads if x not in made))
     leaves = [tape.weights[x] for x in reads if x in tape.weights]
     constants = [x for x in reads if x in tape.constants]
     return Segment(
-        ops,
+        tuple(ops),
         tuple(x for x in reads if x not in tape.weights and x not in tape.constants),
         tuple(dict.fromkeys((w.leaf, w.index) for w in leaves)),
         tuple(x for x in constants if x not in tape.written),

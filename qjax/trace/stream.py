@@ -191,8 +191,13 @@ class Stream:
     programs: Programs = field(default_factory=Programs)
     solved: dict[LeafKey, Any] = field(default_factory=dict)
 
-    def start(self, batches: Sequence[Any]) -> None:
-        """Take the batches: for each, the arrays of `f`'s inputs."""
+    def start(
+        self, batches: Sequence[Any], kept: Sequence[dict[int, int]] = ()
+    ) -> None:
+        """Take the batches: for each, the arrays of `f`'s inputs.
+
+        Values that are `kept`, for each lane up to a place, are there at that place.
+        """
         self.at = 0
         self.places = [0 for _ in self.lanes]
         self.values = [
@@ -200,6 +205,8 @@ class Stream:
             for lane in self.lanes
         ]
         self.last = [last_uses(lane.tape) for lane in self.lanes]
+        for last, places in zip(self.last, kept):
+            last |= {v: max(last.get(v, -1), p) for v, p in places.items()}
         self.leaf_reads = [leaf_reads(lane.tape) for lane in self.lanes]
         for last, lane in zip(self.last, self.values):
             for env in lane:
@@ -333,9 +340,8 @@ class Stream:
     ) -> None:  # fmt: skip
         if self.offload:
             outs = [on_host(x) for x in outs]
-        for v in segment.ins:
-            if last[v] < stop:
-                env.pop(v, None)
+        for v in [v for v in env if last[v] < stop]:
+            del env[v]
         env |= dict(zip(segment.outs, outs))
 
     def inputs(self, point: Point) -> Iterator[tuple[int, Meeting, Any, Any, Any]]:
