@@ -8,22 +8,24 @@ the full-precision one. All steps are one
 and activations are its arguments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.core.layout import Layout
 from qjax.core.pytrees import register
 from qjax.core.qtensor import SiteActs
+from qjax.core.sweep import second_scale
 from qjax.core.transforms import chained
 from qjax.descent import descended
 from qjax.placement import NOWHERE, Placement
 from qjax.sitesolver import Problem, Result
-from qjax.solving import Solved, weight_error
+from qjax.solving import Solved, solved_as_one, weight_error
 from qjax.trace.blocks import Block
 from qjax.trace.segments import CodingSite, evaluate
 from qjax.trace.stream import Lane, LeafKey, Stream
@@ -64,12 +66,15 @@ class Plan:
       pieces: the block in each lane.
       methods: of the sites, one for each.
       sites: for each, its place among the leaves, and its layout.
+      groups: sites that are quantized side by side, as they share a second scale; by
+        their numbers, every site in one.
       placement: the mesh.
     """
 
     pieces: tuple[Piece, ...]
     methods: tuple[Any, ...]
     sites: tuple[tuple[int, Layout], ...]
+    groups: tuple[tuple[int, ...], ...]
     placement: Placement = NOWHERE
 
 
@@ -107,9 +112,10 @@ def planned(
     keys: Sequence[LeafKey],
     problems: Sequence[Problem],
     layouts: Sequence[Layout],
+    sources: Sequence[Any],
     placement: Placement = NOWHERE,
 ) -> Plan:
-    """How the sites `keys` of a block are solved.
+    """How the sites `keys` of a block are solved; those of equal `sources` read alike.
 
     Raises:
         ValueError: methods that go through the data in different ways, a step that is
@@ -134,7 +140,14 @@ def planned(
     first = blocks[0].leaves
     pieces = tuple(_piece(block, first, keys, methods[0]) for block in blocks)
     sites = zip((first.index(key) for key in keys), layouts)
-    return Plan(pieces, methods, tuple(sites), placement)
+    groups: dict[Any, list[int]] = {}
+    for i, (problem, source) in enumerate(zip(problems, sources)):
+        method = problem.method
+        joined = second_scale(method.format) and solved_as_one(method)
+        alike = (method, source, problem.w.shape[:-1], problem.w.dtype)
+        groups.setdefault(alike if joined else i, []).append(i)
+    together = tuple(map(tuple, groups.values()))
+    return Plan(pieces, methods, tuple(sites), together, placement)
 
 
 def _piece(
@@ -248,7 +261,9 @@ def optimised(
     learned = descended(plan.methods, start, faked, errors, batches, key)
     before = _whole(plan, faked(start, 0.0), lanes)
     after = _whole(plan, faked(learned, 1.0), lanes)
-    found = [m.finish(w, t) for m, w, t in zip(plan.methods, ws, learned)]
+    found = _side_by_side(
+        plan, ws, learned, lambda m, w, t: m.finish(w, t), lambda x, n: x.split(n)
+    )
     numbers = [_numbers(w, each) for w, each in zip(ws, found)]
     whole = {**after, "error_before": before["error"]}
     return plan.placement.everywhere((found, numbers, whole))
@@ -265,9 +280,11 @@ def _faked(
 ) -> list[Any]:
     """The leaves with the sites' weights, and inputs, as they would be quantized."""
     new = list(leaves)
+    fakes = _side_by_side(
+        plan, ws, learned, lambda m, w, t: m.fake(w, t, progress), _split
+    )
     for i, method in enumerate(plan.methods):
-        place, layout = plan.sites[i]
-        w = method.fake(ws[i], learned[i], progress)
+        (place, layout), w = plan.sites[i], fakes[i]
         t_in, coded = chained(moves[i], method.moved(learned[i])), method.activation
         whole = w if t_in is None else t_in.left(w)
         inner, layer = (
@@ -277,6 +294,27 @@ def _faked(
         inside = coded is not None and coded.outliers is None
         new[place] = CodingSite(inner, acts, layer) if inside else layer
     return new
+
+
+def _side_by_side(
+    plan: Plan, ws: Any, learned: Any, make: Callable[..., Any], split: Any
+) -> list[Any]:
+    """What `make(method, w, learned)` gives for each site, groups taken as one."""
+    found: dict[int, Any] = {}
+    for group in plan.groups:
+        own = [(ws[i], learned[i]) for i in group]
+        if len(group) == 1:
+            found[group[0]] = make(plan.methods[group[0]], *own[0])
+            continue
+        whole = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *own)
+        widths = [w.shape[-1] for w, _ in own]
+        each = split(make(plan.methods[group[0]], *whole), widths)
+        found |= dict(zip(group, each))
+    return [found[i] for i in range(len(ws))]
+
+
+def _split(w: Any, widths: Sequence[int]) -> list[Any]:
+    return jnp.split(w, np.cumsum(widths)[:-1], axis=-1)
 
 
 def _mean(

@@ -247,7 +247,8 @@ class Pass:
         ]
         layouts = [self.by_path[self.paths[key[0]]].layout for key in point.keys]
         moves = [self.leaves.move(key) for key in point.keys]
-        plan = planned(point.blocks, point.keys, problems, layouts, placement)
+        sources = [op.source for op in point.meetings]
+        plan = planned(point.blocks, point.keys, problems, layouts, sources, placement)
         lanes, fit = enter(plan, self.stream, self.masks)
         key = site_key(self.options.key, point.block)
         leaves = self.stream.current_leaves(point.blocks[0].segment)

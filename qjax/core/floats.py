@@ -208,9 +208,9 @@ class NVFP4:
     each matrix, so that the block scales fill e4m3's range whatever the magnitude of
     the weights. 4-bit codes are the elements' bit patterns.
 
-    `qjax.quantize` gives matrices that read one activation (queries, keys and values;
-    gate and up) one `global_scale`, of the largest weight of all of them: servers run
-    them as one linear, which has one.
+    `qjax.quantize` and `qjax.fake_quantize` give matrices that read one activation
+    (queries, keys and values; gate and up) one `global_scale`, of the largest weight of
+    all of them: servers run them as one linear, which has one.
     """
 
     @property
@@ -247,7 +247,7 @@ class NVFP4:
         """
         absmax = block_absmax(w, self.granularity, search)
         if global_scale is None:
-            global_scale = self._global_scale(absmax.max((-2, -1), keepdims=True))
+            global_scale = self.global_scale(absmax.max((-2, -1), keepdims=True))
 
         def grid_of(factor):
             wanted = divide(absmax * factor, self.minifloat.largest) * global_scale
@@ -261,7 +261,13 @@ class NVFP4:
 
         return _search(self, w, grid_of, search, importance)
 
-    def _global_scale(self, largest: Array) -> Array:
+    def largest(self, w: Any, search: Search = MINMAX) -> Float32[Array, "... 1 1"]:
+        """The largest magnitude of the blocks of `w[..., K, N]`, as `fit` sees them."""
+        absmax = block_absmax(w, self.granularity, search)
+        return absmax.max((-2, -1), keepdims=True)
+
+    def global_scale(self, largest: Array) -> Array:
+        """The second scale of matrices whose largest magnitude is `[..., 1, 1]`."""
         top = minifloat.E4M3.largest * self.minifloat.largest
         # By the reciprocal, as compressed-tensors rounds it. A matrix of zeros takes 1;
         # numbers too small for the quotient take the largest power of two that is safe.

@@ -13,7 +13,7 @@ import numpy as np
 from qjax.core.qtensor import QTensor, is_quantized
 from qjax.io import awq, bitsandbytes, compressed_tensors, gptq, hqq
 from qjax.io.folder import check_link, published
-from qjax.io.fused import Stored, warn_of_unlike
+from qjax.io.fused import Stored, refuse_unlike, warn_of_unlike
 from qjax.io.huggingface import (
     find_folder,
     leaf_shapes,
@@ -89,11 +89,12 @@ def export(
       FileExistsError: `path` exists.
       FileNotFoundError: there is no such model.
       ValueError: `format` is unknown or cannot hold a leaf; the leaves are not those of
-        `model`, each of its shape, and the message names one; none is quantized; or
-        a file of `model` is a link out of its folder.
+        `model`, each of its shape, and the message names one; none is quantized;
+        linears that vLLM runs as one are in NVFP4 with different global scales; or a
+        file of `model` is a link out of its folder.
 
     Warns:
-      QuantizationWarning: linears that vLLM runs as one are not stored alike.
+      QuantizationWarning: linears that vLLM runs as one are otherwise not stored alike.
     """
     path = Path(path).resolve()
     if format not in FORMATS:
@@ -156,6 +157,7 @@ def _write(
             if named.linear or (named.conv1d and _takes_conv1d(format)):
                 linears.append(Linear(named.module, named.path, scheme))
                 stored[named.module] = Stored(scheme, second, inputs)
+                refuse_unlike(stored, named.module)
     warn_of_unlike(stored)
     if getattr(config, "tied", False):
         linears.append(Linear("lm_head", "embed/embedding", None))

@@ -3,8 +3,9 @@
 vLLM joins the projections of queries, keys and values into one linear, and gate and up,
 those of an expert too, into another. It refuses members in different formats; of
 NVFP4's second scales, one for each matrix and one for its input, it keeps one for all,
-which is wrong unless all are equal. Matrices with one input that are quantized together
-are (`qjax/solving.py`); what was imported, trained or put together may not be.
+which is wrong unless all are equal. Matrices with one input that one step quantizes or
+trains are (`qjax/solving.py`, `qjax/train/joined.py`, `qjax/blocksolver.py`); what was
+imported or put together may not be, and is refused.
 """
 
 import warnings
@@ -29,6 +30,29 @@ class Stored:
     input_scale: float | None = None
 
 
+def refuse_unlike(stored: Mapping[str, Stored], name: str) -> None:
+    """Refuse weights that one linear of vLLM cannot hold.
+
+    Args:
+      stored: by the modules' names.
+      name: the module that was stored last.
+
+    Raises:
+      ValueError: its weights and those of an earlier member of its fused linear have
+        different second scales.
+    """
+    second = stored[name].global_scale
+    for other in _members(name):
+        known = stored[other].global_scale if other in stored else None
+        if known is not None and second is not None and known != second:
+            raise ValueError(
+                f"{other} and {name} are in NVFP4 with different global scales, "
+                f"{known:.9g} and {second:.9g}, of which vLLM, which runs them as one "
+                "linear, takes one for both; quantize both in one step, such as "
+                "RTN('NVFP4'), which gives them one"
+            )
+
+
 def warn_of_unlike(stored: Mapping[str, Stored]) -> None:
     """Say where members of one fused linear differ.
 
@@ -36,22 +60,18 @@ def warn_of_unlike(stored: Mapping[str, Stored]) -> None:
       stored: by the modules' names.
 
     Warns:
-      QuantizationWarning: once for schemes, once for second scales of weights and once
-        for those of inputs, naming the first modules that differ.
+      QuantizationWarning: once for schemes and once for second scales of inputs, naming
+        the first modules that differ.
     """
     reasons = {
         "scheme": "in different formats: vLLM, which runs them as one, refuses that",
-        "global_scale": (
-            "in NVFP4 with different global scales: vLLM, which runs them as one, "
-            "takes one of them for both, so that its weights are wrong"
-        ),
         "input_scale": (
             "in NVFP4 with different global scales of their inputs: vLLM, which runs "
             "them as one, takes the largest for both"
         ),
     }
     for field, reason in reasons.items():
-        for first, other in _members(stored):
+        for first, other in _pairs(stored):
             if getattr(stored[first], field) != getattr(stored[other], field):
                 warnings.warn(
                     f"{first} and {other} are stored {reason}",
@@ -61,11 +81,16 @@ def warn_of_unlike(stored: Mapping[str, Stored]) -> None:
                 break
 
 
-def _members(stored: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
+def _members(name: str) -> list[str]:
+    """The modules of a fused linear, the one of this name included."""
+    parent, _, last = name.rpartition(".")
+    groups = (members for members in FUSED if last in members)
+    return [f"{parent}.{other}" for other in next(groups, ())]
+
+
+def _pairs(stored: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
     """Pairs of modules of one fused linear, the first member with every other."""
     for name in stored:
-        parent, _, last = name.rpartition(".")
-        for first, *others in FUSED:
-            if last == first:
-                both = (f"{parent}.{other}" for other in others)
-                yield from ((name, other) for other in both if other in stored)
+        first, *others = _members(name) or [""]
+        if name == first:
+            yield from ((name, other) for other in others if other in stored)

@@ -79,7 +79,7 @@ class Blockwise(Formatted):
 
     @property
     def shared(self) -> bool:
-        """Whether columns are independent."""
+        """Whether columns of weights, and of what is learned, are independent."""
         return False
 
     @abstractmethod

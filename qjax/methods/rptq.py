@@ -181,8 +181,8 @@ class RPTQ(Around):
 
     @property
     def shared(self) -> bool:
-        """Whether columns are independent."""
-        return isinstance(self.then, Calibrated) and self.then.shared
+        """Whether columns are independent, but for a second scale."""
+        return getattr(self.then, "shared", False)
 
     def solve_site(
         self, w: Float[Array, "K N"], stats: Mapping[str, Any], key: Any = None

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from qjax.core.coded import encode, fake_quantize
 from qjax.core.scales import MINMAX, Search
+from qjax.core.sweep import side_by_side
 from qjax.methods.base import Solution, within
 from qjax.methods.blockwise import Blockwise, Trained
 
@@ -57,6 +58,11 @@ class ZeroQuantLKD(Blockwise):
     def __post_init__(self):
         super().__post_init__()
         within("ZeroQuantLKD", "lr", self.lr, 0, 10)
+
+    @property
+    def shared(self) -> bool:
+        """Whether columns are independent, but for a second scale."""
+        return side_by_side(self.format)
 
     def init(self, w: Float[Array, "... K N"]) -> Trained:
         """The weights."""

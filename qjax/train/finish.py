@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from qjax.core.qtensor import QTensor, SiteActs, is_quantized
 from qjax.trace.paths import flatten_with_paths
+from qjax.train.joined import shared
 from qjax.train.observed import Observed
-from qjax.train.quantizers import site_acts, stored_weights
+from qjax.train.quantizers import Trained, site_acts, stored_weights
 from qjax.train.state import Plan, QState
 
 _stored = jax.jit(stored_weights, static_argnums=0)
@@ -36,16 +37,16 @@ def finalize(params: Any, qstate: QState) -> Any:
             f"params has no {missing[0]}, which was trained quantized; give the tree "
             "that fake_quantize was given, as trained"
         )
+    common = shared(qstate.plans, leaves)
     for p in qstate.plans:
-        leaves[p.path] = _finished(p, leaves[p.path], qstate)
+        leaves[p.path] = _finished(p, leaves[p.path], qstate, common[p.path])
     treedef = jax.tree.structure(params, is_leaf=is_quantized)
     return jax.tree.unflatten(treedef, leaves.values())
 
 
-def _finished(plan: Plan, leaf: Any, qstate: QState) -> QTensor:
-    trained = qstate.trained[plan.path]
-    matrix = plan.layout.to_matrix(leaf)
-    part = _stored(plan.step.weights, matrix, trained["weights"])
+def _finished(plan: Plan, leaf: Any, qstate: QState, common: Trained) -> QTensor:
+    trained = qstate.trained[plan.path]["weights"] | common
+    part = _stored(plan.step.weights, plan.layout.to_matrix(leaf), trained)
     if plan.step.activations is None:
         return QTensor.of(part, plan.layout, plan.dtype)
     acts = tuple(

@@ -19,8 +19,9 @@ from qjax.trace.paths import flatten_with_paths
 from qjax.trace.program import require_loaded
 from qjax.trace.sites import Sites, sites
 from qjax.train.fake import FakeQuantized, fake_rule
+from qjax.train.joined import joined, shared
 from qjax.train.observed import Observed
-from qjax.train.quantizers import Seen
+from qjax.train.quantizers import Seen, Trained
 from qjax.train.running import Observations, layer_keys, observations, run
 from qjax.train.state import QAT, Plan, QState
 from qjax.train.straight_through import StraightThrough
@@ -138,9 +139,10 @@ def _plans(
             kinds[use.index] = use.kind
         step = steps[job.steps[0]]
         dtype = jnp.dtype(job.dtype)
-        return Plan(job.path, job.layout, job.shape, dtype, step, tuple(kinds))
+        return Plan(job.path, job.layout, job.shape, dtype, step, tuple(kinds), ())
 
-    return tuple(one(job) for job in plan(steps, found, leaves))
+    jobs = plan(steps, found, leaves)
+    return joined([one(job) for job in jobs], jobs)
 
 
 def _check_finite(names: tuple[str, ...], leaf: Any) -> None:
@@ -197,7 +199,11 @@ def _transformed(f: Callable[..., Any]) -> Callable[..., Any]:
     def f_qat(
         params: Any, qstate: QState, *inputs: Any, key: Any = None, **options: Any
     ) -> tuple[Any, QState]:
-        makes = {p.path: partial(_carrier, p, qstate, key) for p in qstate.plans}
+        common = shared(qstate.plans, dict(flatten_with_paths(params)))
+        makes = {
+            p.path: partial(_carrier, p, qstate, key, common[p.path])
+            for p in qstate.plans
+        }
         out, events = run(f, params, makes, fake_rule, inputs, options)
         seen = observations(qstate.plans, events)
         return out, replace(qstate, observed=_moved(qstate, seen))
@@ -205,7 +211,9 @@ def _transformed(f: Callable[..., Any]) -> Callable[..., Any]:
     return f_qat
 
 
-def _carrier(plan: Plan, qstate: QState, key: Any, leaf: Any) -> FakeQuantized:
+def _carrier(
+    plan: Plan, qstate: QState, key: Any, common: Trained, leaf: Any
+) -> FakeQuantized:
     trained, step = qstate.trained[plan.path], qstate.observed["step"]
     acts = trained["inputs"]
     inputs = plan.step.activations
@@ -217,7 +225,7 @@ def _carrier(plan: Plan, qstate: QState, key: Any, leaf: Any) -> FakeQuantized:
     if key is not None and random:
         keys = layer_keys(key, plan.path, plan.layers)
     return FakeQuantized(
-        leaf, trained["weights"], acts, keys, plan.layout, plan.dtype,
+        leaf, trained["weights"] | common, acts, keys, plan.layout, plan.dtype,
         plan.step.weights, inputs, gradients=plan.step.gradients,
     )  # fmt: skip
 

@@ -93,6 +93,13 @@ class WeightQuantizer(ABC):
     def weight_estimate(self, w: Float32[Array, "... K N"], trained: Trained) -> Any:
         """`[..., K, N]`, the expression whose gradient is the method's."""
 
+    def shared(self, w: Float32[Array, "... K N"]) -> Trained:
+        """What matrices with one input have in common, `[..., 1, 1]` each.
+
+        The largest over these matrices stands beside what each of them learns.
+        """
+        return {}
+
     def init_weights(self, w: Float[Array, "... K N"]) -> Trained:
         """What is learned, before training; `[..., Gk, Gn]` each."""
         return {}

@@ -67,6 +67,8 @@ class Plan:
       layout, shape, dtype: of the leaf.
       step: its methods.
       kinds: of its sites, by number.
+      together: paths of the leaves that share what `WeightQuantizer.shared` says, this
+        one included.
     """
 
     path: str
@@ -75,6 +77,7 @@ class Plan:
     dtype: Any
     step: QAT
     kinds: tuple[str, ...]
+    together: tuple[str, ...]
 
     @property
     def layers(self) -> tuple[int, ...]:

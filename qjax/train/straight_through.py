@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from qjax.core.formats import Format
+from qjax.core.formats import NVFP4, Format
 from qjax.core.qtensor import Activation
 from qjax.core.scales import MINMAX, MSE, AbsMax, Grid, MinMax, Percentile
 from qjax.train.quantizers import InputQuantizer, Trained, WeightQuantizer
@@ -62,7 +62,16 @@ class StraightThrough(WeightQuantizer, InputQuantizer):
 
     def weight_grid(self, w: Float32[Array, "... K N"], trained: Trained) -> Any:
         """The grid that fits the weights as they now are."""
+        if isinstance(self.format, NVFP4) and trained:
+            second = self.format.global_scale(trained["largest"])
+            return w, self.format.fit(w, self.search, global_scale=second)
         return w, self.format.fit(w, self.search)
+
+    def shared(self, w: Float32[Array, "... K N"]) -> Trained:
+        """Of NVFP4 the largest magnitude, which the second scale is made of."""
+        if not isinstance(self.format, NVFP4):
+            return {}
+        return {"largest": self.format.largest(w, self.search)}
 
     def weight_estimate(self, w: Float32[Array, "... K N"], trained: Trained) -> Any:
         """`w`."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.core.coded import encode
-from qjax.core.formats import Format
+from qjax.core.coded import Coded, encode, pack_codes
+from qjax.core.formats import NVFP4, Format
 from qjax.core.layout import Layout
 from qjax.core.qtensor import QTensor, SiteActs, dequantize, is_quantized
 from qjax.io.arrays import write_arrays
 from qjax.io.huggingface import load_weights
 from qjax.trace.apply import apply
+from qjax.trace.paths import flatten_with_paths
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -70,11 +72,20 @@ class Small:
         format: Format | Callable[[str], Format | None],
         acts: Callable[[Any], SiteActs] | None = None,
         params: Any = None,
+        alone: bool = False,
     ) -> Any:
         """Every linear of the layers in a format, or in one that depends on its path.
 
-        `acts` gives what happens to the input of a leaf `[2, K, N]`.
+        `acts` gives what happens to the input of a leaf `[2, K, N]`. Those in NVFP4
+        have one second scale for each layer, or each its own if they are `alone`.
         """
+        params = self.params if params is None else params
+        stacks = [
+            jnp.abs(w).max((-2, -1), keepdims=True)
+            for path, w in flatten_with_paths(params["layers"])
+            if "kernel" in path
+        ]
+        largest = None if alone else reduce(jnp.maximum, stacks)
 
         def leaf(path: Any, w: Any) -> Any:
             name = "/".join(key.key for key in path)
@@ -83,9 +94,9 @@ class Small:
                 return w
             layout = Layout("kn", w.shape[-2:])
             records = () if acts is None else (acts(w),)
-            return QTensor.of(_encode(w, chosen), layout, w.dtype, records)
+            coded = _encode(w, chosen, largest)
+            return QTensor.of(coded, layout, w.dtype, records)
 
-        params = self.params if params is None else params
         return jax.tree_util.tree_map_with_path(leaf, params)
 
     def logits(self, params: Any) -> np.ndarray:
@@ -98,7 +109,14 @@ class Small:
         return np.asarray(_run(self.f, dequantize(wide), self.tokens))
 
 
-_encode = jax.jit(lambda w, format: encode(w, format), static_argnums=1)
+@partial(jax.jit, static_argnums=1)
+def _encode(w: Any, format: Format, largest: Any) -> Coded:
+    if largest is None or not isinstance(format, NVFP4):
+        return encode(w, format)
+    grid = format.fit(w, global_scale=format.global_scale(largest))
+    return pack_codes(format.to_codes(w, grid), grid, format, w.shape[-2:])
+
+
 _run = jax.jit(lambda f, params, tokens: f(params, tokens), static_argnums=0)
 
 

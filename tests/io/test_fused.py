@@ -17,6 +17,7 @@ import pytest
 
 import qjax
 from qjax.core.formats import NVFP4, Int, group
+from qjax.core.scales import Percentile
 from qjax.io.export import export
 from qjax.io.fused import FUSED
 from qjax.io.huggingface import load_weights
@@ -47,7 +48,11 @@ def written(
     batch = (jnp.asarray(TOKENS),)
     given: Any = {"calibration": [batch]} if calibrated else {"example": batch}
     given |= {"key": jax.random.key(0), "progress": False}
-    qparams = qjax.quantize(f, params, recipe, **given)
+    return exported(out, qjax.quantize(f, params, recipe, **given), model)
+
+
+def exported(out: Path, qparams: Any, model: Path) -> dict[str, np.ndarray]:
+    """The tensors; the export must not warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", QuantizationWarning)
         export(out, qparams, model=model)
@@ -77,12 +82,13 @@ RECIPES: dict[str, tuple[Any, bool]] = {
     "awq": ((qjax.AWQ(n_grid=2), RTN("NVFP4A16")), True),
     "qep": (qjax.QEP(RTN("NVFP4A16")), True),
     "simple": (qjax.SimplePTQ("NVFP4"), True),
+    "distilled": (qjax.ZeroQuantLKD("NVFP4A16", iters=2, lr=1e-2), True),
 }
 STATIC = ("rtn of inputs", "gptq", "simple")
 IN_ONE = ["rtn", "rtn of inputs", "gptq"]
 CASES = [
     *(("small", name, True) for name in RECIPES),
-    *(("small", name, False) for name in IN_ONE),
+    *(("small", name, False) for name in (*IN_ONE, "distilled")),
     *(("mixtral", name, True) for name in IN_ONE),
 ]
 
@@ -129,6 +135,41 @@ def test_rounded_as_llm_compressor_does(mixtral: Path, tmp_path: Path, model: st
         assert zlib.crc32(held[f"{name}.weight_packed"].tobytes()) == packed[i]
 
 
+TRAINED = {
+    "rtn": RTN("NVFP4A16"),
+    "percentile": qjax.QAT(qjax.StraightThrough(NVFP4(), Percentile(99.0))),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "scan"),
+    [("small", "rtn", True), ("small", "percentile", False), ("mixtral", "rtn", True)],
+)
+def test_what_is_trained_shares_second_scales_and_is_served(
+    small: Any, mixtral: Path, tmp_path: Path, model: str, recipe: str, scan: bool
+):
+    """After a step in which every member has moved by an amount of its own."""
+    folder = {"small": small.folder, "mixtral": mixtral}[model]
+    f, params, _ = load_weights(folder, scan_layers=scan)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    batch = jnp.asarray(TOKENS)
+    f_qat, qstate = qjax.fake_quantize(f, params, TRAINED[recipe], example=(batch,))
+    loss = jax.jit(jax.grad(lambda p: jnp.square(f_qat(p, qstate, batch)[0]).mean()))
+    params = jax.tree.map(lambda x, g: x - 0.1 * g, params, loss(params))
+    qparams = qjax.finalize(params, qstate)
+    got, want = jax.jit(f_qat)(params, qstate, batch)[0], qjax.apply(f)(qparams, batch)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * jnp.abs(want).max())
+    held = exported(tmp_path / "out", qparams, folder)
+    weights = scales(held, "weight_global_scale")
+    layers, groups = {"small": (2, 2), "mixtral": (1, 4)}[model]
+    assert len(weights) == layers * groups
+    assert all(len(set(each)) == 1 for each in weights)
+    if recipe == "rtn":
+        same = qjax.quantize(f, params, TRAINED[recipe], example=(batch,))
+        for a, b in zip(*map(jax.tree.leaves, (qparams, same)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_two_formats(small: Any, tmp_path: Path):
     keep = lambda path: None if "k_proj" in path else FOUR
     with pytest.warns(QuantizationWarning) as caught:
@@ -140,8 +181,11 @@ def test_two_formats(small: Any, tmp_path: Path):
 
 def test_two_second_scales(small: Any, tmp_path: Path):
     """Each matrix was rounded by itself."""
-    with pytest.warns(QuantizationWarning, match="with different global scales: vLLM"):
-        export(tmp_path / "out", small.quantized(NVFP4()), model=small.folder)
+    qparams = small.quantized(NVFP4(), alone=True)
+    said = r"_proj and .*_proj are in NVFP4 with different global scales, .* RTN\("
+    with pytest.raises(ValueError, match=said):
+        export(tmp_path / "out", qparams, model=small.folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_second_scales_of_inputs(small: Any, tmp_path: Path):
@@ -160,7 +204,7 @@ def test_two_second_scales_of_an_expert(mixtral: Path, tmp_path: Path):
     steps = tuple(RTN("NVFP4A16", targets=f"*{n}_proj*") for n in ("gate", "up"))
     batch = (jnp.asarray(TOKENS),)
     qparams = qjax.quantize(f, params, steps, example=batch, progress=False)
-    with pytest.warns(QuantizationWarning, match=r"\.w1 and .*\.w3 are .* global scal"):
+    with pytest.raises(ValueError, match=r"\.w1 and .*\.w3 are .* global scales"):
         export(tmp_path / "out", qparams, model=mixtral)
 
 

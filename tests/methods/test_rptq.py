@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.core.formats import Int, channel, group, tensor
+from qjax.core.formats import NVFP4, Int, channel, group, tensor
 from qjax.core.qtensor import Activation
 from qjax.core.statistics import Interval
 from qjax.core.transforms import Diagonal, Permutation
@@ -139,6 +139,19 @@ def test_the_weights_are_those_that_then_makes():
     q, _ = quantized(RPTQ(INT8))
     alone = INT8.solve(W)[0].decode(jnp.float32)
     np.testing.assert_array_equal(q["w"].dequantize(), alone)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_sites_of_one_input_share_the_second_scale_of_nvfp4(rounding):
+    """That of the largest weight of both."""
+    params = {"a": W, "b": 3 * W[:, ::-1]}
+    method = RPTQ(RTN("NVFP4A16", rounding=rounding), clusters=4)
+    f = lambda p, x: (x @ p["a"], x @ p["b"])
+    key = jax.random.key(0)
+    q, _ = quantize_with_report(f, params, method, [(X,)], key=key, progress=False)
+    scales = [q[n].parts[0].global_scale.item() for n in "ab"]
+    want = NVFP4().fit(jnp.concatenate(list(params.values()), axis=1)).global_scale
+    assert scales == [want.item()] * 2
 
 
 def test_features_fewer_than_clusters_have_one_each():
