@@ -16,13 +16,13 @@ from qjax.plan.layouts import Layout, layout
 from qjax.plan.machines import Machine, machine
 from qjax.plan.picture import plan_plot
 from qjax.plan.report import (
-    UNKNOWN,
     compiled,
     failures,
     merged,
     refusals,
     table,
     uncounted,
+    unknown,
 )
 from qjax.plan.serving import serving
 from qjax.plan.steps import Load
@@ -48,7 +48,8 @@ class Plan:
     scheme: tuple[str, ...] = ("bf16", "W8A8", "W4A16", "W4A8-KV8")
     """Schemes, side by side; -KV8 and -KVFP8 keep the cache in int8 and float8."""
     topology: tuple[str, ...] = ("v5e:2x4",)
-    """Machines: v5e:2x4, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1, h200, h200:8."""
+    """Machines: v5e:2x4, v6e:2x2, v5p:2x2x1, v7x:2x2x1 (a chip is two devices), h200,
+    h200:8."""
     batch: tuple[int, ...] = (16,)
     """Sequences decoded together; several are drawn at the first --context."""
     context: tuple[int, ...] = (4096,)
@@ -162,7 +163,7 @@ def _records(
         "bandwidth": chip.bandwidth,
         "link": chip.link,
         "source": chip.source,
-        "unknown": UNKNOWN,
+        "unknown": unknown(place),
         **environment(),
     }
     programs: dict[str, dict[str, Any]] = {}

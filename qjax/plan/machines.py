@@ -1,7 +1,8 @@
 """Machines to plan for: chips with their limits, and how many share a program.
 
-Limits of TPUs are JAX's own (`pltpu.get_tpu_info_for_chip`, one TensorCore each); those
-of the links and of NVIDIA's card are data sheets', named in `Chip.source`.
+Limits of TPUs are JAX's own (`pltpu.get_tpu_info_for_chip`, one TensorCore each), where
+Google's page does not promise more; those of the links and of NVIDIA's card are data
+sheets', named in `Chip.source`.
 """
 
 import math
@@ -50,6 +51,7 @@ class Machine:
       topology: the compiler's name for it.
       devices: how many.
       chip: each of them.
+      per_chip: devices on one chip.
     """
 
     name: str
@@ -57,6 +59,21 @@ class Machine:
     topology: str
     devices: int
     chip: Chip
+    per_chip: int = 1
+
+    @property
+    def said(self) -> str:
+        """How many devices with how much memory, in words."""
+        chip, chips = self.chip, self.devices // self.per_chip
+        of = f" ({self.per_chip} devices on each of {_counted(chips, 'chip')})"
+        return (
+            f"{self.devices} x {chip.memory / 2**30:.1f} GiB, "
+            f"{chip.bandwidth / 1e9:,.0f} GB/s" + (of if self.per_chip > 1 else "")
+        )
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}" + ("s" if count > 1 else "")
 
 
 # Bytes per second over all links in both directions, per chip:
@@ -71,6 +88,8 @@ TPUS = {
 # A v5p device is a whole chip, both TensorCores as one; of v7x each is a device.
 CORES_PER_DEVICE = {"v5p": 2}
 DEVICES_PER_CHIP = {"v7x": 2}
+# Bytes per second of a device, where JAX says less (2.46e12) than Google's page.
+BANDWIDTHS = {"v5p": 2765e9}
 ALIASES = {"tpu7x": "v7x"}
 AXES = {"v5e": 2, "v5p": 3, "v6e": 2, "v7x": 3}
 
@@ -98,7 +117,7 @@ def tpu(generation: str) -> Chip:
     return Chip(
         generation,
         memory=cores * info.hbm_capacity_bytes,
-        bandwidth=cores * info.mem_bw_bytes_per_second,
+        bandwidth=BANDWIDTHS.get(generation, cores * info.mem_bw_bytes_per_second),
         link=LINKS[generation] / 2 / DEVICES_PER_CHIP.get(generation, 1),
         peaks={kind: cores * rate for kind, rate in rates.items() if rate},
         source="pltpu.get_tpu_info_for_chip; links: docs.cloud.google.com/tpu/docs",
@@ -110,7 +129,7 @@ def tpu(generation: str) -> Chip:
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SOLID = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")
 MOST_CHIPS = {"v5p": 6144, "v7x": 9216}
-VALID = "v5e:2x4, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1, h200 or h200:8"
+VALID = "v5e:2x4, v6e:2x2, v5p:2x2x1, v7x:2x2x1, h200 or h200:8"
 
 
 def machine(name: str) -> Machine:
@@ -130,9 +149,11 @@ def machine(name: str) -> Machine:
     axes = AXES.get(generation, 0)
     if axes and re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (axes - 1), size):
         chips = _chips(generation, size)
-        devices = chips * DEVICES_PER_CHIP.get(generation, 1)
+        per_chip = DEVICES_PER_CHIP.get(generation, 1)
         known = {"v7x": "tpu7x"}.get(generation, generation)
-        return Machine(name, "tpu", f"{known}:{size}", devices, tpu(generation))
+        return Machine(
+            name, "tpu", f"{known}:{size}", chips * per_chip, tpu(generation), per_chip
+        )
     raise ValueError(f"--topology is {name!r}; valid are names such as {VALID}")
 
 

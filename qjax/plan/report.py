@@ -28,6 +28,15 @@ UNKNOWN = (
     "Pallas kernels on several devices: XLA's forms are what is compiled",
 )
 """What the times and sizes leave out."""
+HALVES = (
+    "that two devices of one chip are joined by more than its links to other chips, "
+    "of which each is given half"
+)
+
+
+def unknown(machine: Machine) -> tuple[str, ...]:
+    """What the times and sizes of plans for a machine leave out."""
+    return (*UNKNOWN, HALVES) if machine.per_chip > 1 else UNKNOWN
 
 
 def merged(label: str, programs: Mapping[str, Mapping[str, Any]]) -> Record:
@@ -109,11 +118,9 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
 
 def table(records: Sequence[Record], machine: Machine, model: str) -> Table:
     """Plans for one machine; sizes and bytes sent are those of one device."""
-    chip = machine.chip
     drawn = Table(
-        title=f"{model} on {machine.name}, per device: {machine.devices} x "
-        f"{chip.memory / GIB:.1f} GiB, {chip.bandwidth / 1e9:,.0f} GB/s",
-        caption=f"{SAID_BY} Not in them: {'; '.join(UNKNOWN)}.",
+        title=f"{model} on {machine.name}, per device: {machine.said}",
+        caption=f"{SAID_BY} Not in them: {'; '.join(unknown(machine))}.",
         caption_justify="left",
         box=SIMPLE,
     )

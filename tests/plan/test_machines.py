@@ -9,6 +9,7 @@ from qjax.plan import layouts
 from qjax.plan.compilers import find_compiler
 from qjax.plan.machines import machine
 from qjax.plan.placing import make_mesh, per_device, place_cache, place_params, spec
+from qjax.plan.report import unknown
 from qjax.plan.serving import serving
 from qjax.plan.shapes import nbytes, quantized_shapes
 from qjax.plan.steps import Load, make_step
@@ -22,6 +23,36 @@ def test_known_machines():
     v5e = machine("v5e:2x4").chip
     assert (v5e.peak("bfloat16"), v5e.peak("int8")) == (197e12, 394e12)
     assert machine("tpu7x:2x2x1").chip.peak("int8") == v5e.peak("bfloat16") / 197 * 1155
+
+
+# Of a chip: bf16 operations per second, GiB, GB/s, and GB/s of all links both ways:
+# docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}.
+PAGES = {
+    "v5e:1x1": (197e12, 16, 819, 400),
+    "v5p:1x1x1": (459e12, 95, 2765, 1200),
+    "v6e:1x1": (918e12, 32, 1638, 800),
+    "v7x:1x1x1": (2307e12, 192, 7380, 1200),
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_chip_is_what_google_says_of_it(name: str):
+    """Devices of a chip add up to it; JAX rounds, and never below what is published."""
+    found, (peak, memory, bandwidth, links) = machine(name), PAGES[name]
+    chip, n = found.chip, found.devices
+    assert n == found.per_chip == (2 if "v7x" in name else 1)
+    assert peak <= n * chip.peak("bfloat16") <= 1.005 * peak
+    assert n * chip.memory / 2**30 == pytest.approx(memory, rel=0.01)
+    assert bandwidth * 1e9 <= n * chip.bandwidth <= 1.005 * bandwidth * 1e9
+    assert 2 * n * chip.link == links * 1e9
+
+
+def test_a_chip_of_two_devices_is_said_to_be_one():
+    four = machine("v7x:2x2x1").said
+    assert four == "8 x 95.9 GiB, 3,700 GB/s (2 devices on each of 4 chips)"
+    assert machine("v7x:1x1x1").said.endswith("(2 devices on each of 1 chip)")
+    assert machine("v5e:2x4").said == "8 x 16.0 GiB, 820 GB/s"
+    assert len(unknown(machine("v7x:1x1x1"))) == len(unknown(machine("v5e:1x1"))) + 1
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:2x2x2", "v6e:0x4", "a100", "h200:3", ""])
