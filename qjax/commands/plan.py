@@ -71,10 +71,11 @@ class Plan:
           ValueError: a value is not known, missing or given twice; or, when the rest is
             saved, a program failed to compile.
         """
-        self.check()
+        self = self.checked()
         model, machines = layout(self.model), [machine(n) for n in self.topology]
-        plans = self.plans()
+        plans, beyond = self.plans(), self.beyond(model)
         compilers = [find_compiler(m.platform, self.compiler) for m in machines]
+        self.out.mkdir(parents=True, exist_ok=True)  # or fail before anything is made
         everything: list[Record] = []
         failed: list[str] = []
         for place, compiler in zip(machines, compilers):
@@ -87,13 +88,27 @@ class Plan:
             if len(self.batch) * len(self.context) > 1:
                 records = [_with_load(record) for record in records]
             if any(compiled(record) for record in records):
-                self.save(records, model, place)
+                self.save(records, model, place, beyond)
             failed += [f"{place.name}, {sentence}" for sentence in failures(records)]
             everything += records
         if failed:
             raise ValueError(_first_of(failed))
         fits = all(record.metrics["fits"] == "yes" for record in everything)
         return 0 if fits else DOES_NOT_FIT
+
+    def checked(self) -> "Plan":
+        """With the names by which schemes and machines are known.
+
+        Raises:
+          ValueError: a list has nothing in it or a thing twice, or a name is not known.
+        """
+        found = replace(
+            self,
+            scheme=tuple(serving(name).name for name in self.scheme),
+            topology=tuple(machine(name).name for name in self.topology),
+        )
+        found.check()
+        return found
 
     def check(self) -> None:
         """Refuse lists with nothing in them, and those that name a thing twice.
@@ -115,7 +130,6 @@ class Plan:
         Raises:
           ValueError: a scheme is not known, or a number is out of range.
         """
-        names = [serving(name).name for name in self.scheme]
         loads = [(batch, self.context[0]) for batch in self.batch]
         loads += [(self.batch[0], context) for context in self.context[1:]]
         found = [
@@ -126,25 +140,45 @@ class Plan:
                 "prompt": self.prompt,
                 "step": step,
             }
-            for name, (batch, context), step in product(names, loads, self.steps)
+            for name, (batch, context), step in product(self.scheme, loads, self.steps)
         ]
         for each in found:
             Load(each["step"], each["batch"], each["context"], each["prompt"])
         return found
 
-    def save(self, records: Sequence[Record], model: Layout, place: Machine) -> None:
-        """Print the table; write JSON lines and the picture."""
+    def beyond(self, model: Layout) -> str:
+        """That more room is asked for than the model has positions, or nothing.
+
+        Raises:
+          ValueError: its positions are learned, so that there are no more of them.
+        """
+        most = model.positions
+        if most is None or max(self.context) <= most:
+            return ""
+        said = (
+            f"--context is {max(self.context)}, but {model.name} has {most} positions"
+        )
+        if model.learned_positions:
+            raise ValueError(said)
+        return f"{said} by its configuration: what it says beyond them is not known"
+
+    def save(
+        self, records: Sequence[Record], model: Layout, place: Machine, beyond: str
+    ) -> None:
+        """Print the table; write JSON lines, all or none, and the picture."""
         console = wide_console()
         console.print(table(records, place, model.name))
         for sentence in refusals(records):
             console.print(f"qjax plan: {sentence}", style="red", highlight=False)
-        for sentence in uncounted(records):
+        for sentence in [*uncounted(records), *filter(None, [beyond])]:
             console.print(f"qjax plan: {sentence}", highlight=False)
         stem = re.sub(r"[^a-z0-9.]+", "-", f"{model.name} {place.name}".lower())
         lines = self.out / f"{stem}.jsonl"
-        lines.unlink(missing_ok=True)
+        begun = lines.with_suffix(".part")
+        begun.unlink(missing_ok=True)
         for record in records:
-            append(lines, record)
+            append(begun, record)
+        begun.replace(lines)
         plan_plot(self.out / f"{stem}.png", records, place, model.name)
         console.print(f"wrote {lines} and its picture")
 

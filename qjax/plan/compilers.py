@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -135,4 +136,6 @@ def _rows(
 def _last_line(noise: Any) -> str:
     noise.seek(0)
     lines = [line.strip() for line in noise if line.strip()]
-    return f"the compiler's process ended: {lines[-1] if lines else 'it said nothing'}"
+    fatal = [line for line in lines if re.match(r"F\d{4} ", line)]
+    said = (fatal or lines or ["it said nothing"])[0 if fatal else -1]
+    return f"the compiler's process ended: {said}"

@@ -9,6 +9,9 @@ SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$")
 LINE = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 OPERAND = re.compile(r"%([\w.\-]+)")
+# What runs another computation, here or beside (on the SparseCores of a v7x), and the
+# attribute that names it.
+CALLS = {"call": "to_apply", "call-start": "to_apply", "async-start": "calls"}
 SPACE = re.compile(r"S\((\d+)\)")
 
 
@@ -84,7 +87,7 @@ class Module:
             elif each.opcode == "conditional":
                 for branch in re.findall(r"%([\w.\-]+)", self._branches(each))[:1]:
                     yield from self.run(branch, times)
-            elif each.opcode == "call" and (body := each.called("to_apply")):
+            elif each.opcode in CALLS and (body := each.called(CALLS[each.opcode])):
                 yield from self.run(body, times)
 
     @staticmethod

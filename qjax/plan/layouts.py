@@ -26,6 +26,7 @@ from qjax.models.fields import Fields
 NAMED: Mapping[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("layouts.json").read_text(encoding="utf-8")
 )
+LEARNED = ("gpt2", "opt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,17 @@ class Layout:
         return functional(nnx.eval_shape(make))
 
     @property
+    def positions(self) -> int | None:
+        """How many tokens long its texts may be; None if it does not say."""
+        names = ("max_position_embeddings", "n_positions")
+        return next((self.fields[n] for n in names if n in self.fields), None)
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether each of them has an embedding of its own."""
+        return self.fields["model_type"] in LEARNED
+
+    @property
     def weights(self) -> int:
         """Number of parameters."""
         return sum(x.size for x in jax.tree.leaves(self.shapes()[1]))
@@ -60,6 +72,8 @@ def layout(model: str) -> Layout:
       FileNotFoundError: there is none.
       ValueError: its configuration is not supported, or it has no cache to decode with.
     """
+    known = {name.lower(): name for name in NAMED}
+    model = known.get(model.lower(), model)
     fields = _fields(model)
     name = Path(model).name if Path(model).exists() else model
     return from_fields(name, fields)

@@ -46,7 +46,7 @@ class Machine:
     """Devices that share one program.
 
     Attributes:
-      name: as on the command line, `v5e:2x4`.
+      name: as on the command line, `v5e:2x4`; one for each machine.
       platform: "tpu" or "gpu".
       topology: the compiler's name for it.
       devices: how many.
@@ -143,16 +143,18 @@ def machine(name: str) -> Machine:
     """
     kind, _, size = name.lower().partition(":")
     generation = ALIASES.get(kind, kind)
+    own = f"{generation}:{size}" if size else generation
     if generation == "h200" and re.fullmatch(r"[1248]?", size):
         count = int(size or 1)
-        return Machine(name, "gpu", f"1x1x{count}", count, H200)
+        own = own if count > 1 else generation
+        return Machine(own, "gpu", f"1x1x{count}", count, H200)
     axes = AXES.get(generation, 0)
     if axes and re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (axes - 1), size):
         chips = _chips(generation, size)
         per_chip = DEVICES_PER_CHIP.get(generation, 1)
         known = {"v7x": "tpu7x"}.get(generation, generation)
         return Machine(
-            name, "tpu", f"{known}:{size}", chips * per_chip, tpu(generation), per_chip
+            own, "tpu", f"{known}:{size}", chips * per_chip, tpu(generation), per_chip
         )
     raise ValueError(f"--topology is {name!r}; valid are names such as {VALID}")
 

@@ -26,8 +26,10 @@ class Serving:
 
 
 def serving(name: str) -> Serving:
-    """The scheme of that name, `WEIGHTS` or `WEIGHTS-CACHE`.
+    """The scheme of that name, `WEIGHTS` or `WEIGHTS-CACHE`, in any letters.
 
+    >>> serving("w4a16").name
+    'W4A16'
     >>> serving("W4A8-KV8").cache
     dtype('int8')
 
@@ -41,8 +43,9 @@ def serving(name: str) -> Serving:
             f"{', '.join(CACHES)}, or none for {FLOAT}"
         )
     kept = jnp.dtype(CACHES[cache.upper()] if cache else jnp.bfloat16)
+    own = f"-{cache.upper()}" if cache else ""
     if weights.lower() == FLOAT:
-        return Serving(name, None, kept)
+        return Serving(FLOAT + own, None, kept)
     if weights.upper() not in schemes.SCHEMES:
         raise ValueError(
             f"--scheme {name!r} has weights {weights!r}; valid are {FLOAT}, "
@@ -54,4 +57,4 @@ def serving(name: str) -> Serving:
             f"--scheme {name!r} codes activations in ranges from calibration data; "
             "plan one with dynamic ranges, such as FP8_DYNAMIC or W8A8"
         )
-    return Serving(name, weights.upper(), kept)
+    return Serving(weights.upper() + own, weights.upper(), kept)

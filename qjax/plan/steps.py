@@ -25,6 +25,7 @@ from qjax.plan.serving import Serving
 from qjax.plan.shapes import quantized_shapes
 
 STEPS = ("decode", "prefill")
+MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Load:
       prompt: tokens of a prompt.
 
     Raises:
-      ValueError: a number is below 1, or the prompt is longer than the context.
+      ValueError: a number is below 1 or no int32, or the prompt is longer than the
+        context.
     """
 
     step: str
@@ -48,8 +50,8 @@ class Load:
 
     def __post_init__(self):
         for name in ("batch", "context", "prompt"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: give 1 or more")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"--{name} is {getattr(self, name)}: give 1 to {MOST}")
         if self.prompt > self.context:
             raise ValueError(
                 f"--prompt is {self.prompt}, but --context leaves room for "

@@ -8,7 +8,7 @@ from qjax.plan.hlo import Computation, Instruction, Module
 FREE = frozenset(
     {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while"}
     | {"conditional", "call", "partition-id", "replica-id", "after-all", "iota"}
-    | {"opt-barrier"}
+    | {"opt-barrier", "call-start", "async-start", "async-update"}
 )
 RINGS = {
     # What each device sends for a result of one byte, among n devices in a ring.

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from matplotlib.image import imread
 from qjax import results
 from qjax.cli import main
 from qjax.commands import plan as command
+from qjax.plan.compilers import _last_line
 from qjax.plan.machines import machine
 from qjax.plan.picture import plan_plot
 from qjax.plan.report import merged, refusals, summary, table, uncounted, verdict
@@ -58,6 +60,88 @@ def test_a_value_is_given_once(model, capfd):
         assert said == (
             f"qjax: error: --{option} has {value} twice: give each value once\n"
         )
+
+
+def test_one_thing_by_two_names_is_given_twice(model, capfd):
+    said = fails(capfd, model, "--scheme", "W4A16", "w4a16")
+    assert "--scheme has W4A16 twice" in said
+    said = fails(capfd, model, "--topology", "v7x:2x2x1", "tpu7x:2x2x1")
+    assert "--topology has v7x:2x2x1 twice" in said
+
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 512, "n_embd": 64, "n_layer": 1}
+GPT2 |= {"n_head": 2, "n_positions": 64}
+
+
+def test_positions_that_a_model_does_not_have(model, tmp_path, capfd, monkeypatch):
+    """Learned ones end; of rotations it is said that nobody knows."""
+    rotates, learns = tmp_path / "rotates", tmp_path / "learns"
+    fields = {rotates: FIELDS | {"max_position_embeddings": 64}, learns: GPT2}
+    for folder, own in fields.items():
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(own))
+    options = ["--context", "128", "--prompt", "8", "--out", tmp_path / "out"]
+    said = fails(capfd, learns, *options)
+    assert "--context is 128, but learns has 64 positions\n" in said
+    planned(monkeypatch, tmp_path)
+    assert main(["plan", *map(str, (rotates, *options))]) == 0
+    assert "rotates has 64 positions by its" in capfd.readouterr().out
+    assert main(["plan", *map(str, (model, *options))]) == 0
+    assert "positions by its" not in capfd.readouterr().out
+
+
+def planned(monkeypatch, folder, rows=None):
+    """Programs that no compiler has seen."""
+
+    def run_plans(layout, place, plans, compiler):
+        for plan in plans:
+            yield program(plan["step"])
+
+    monkeypatch.setattr(command, "run_plans", rows or run_plans)
+    monkeypatch.setattr(command, "find_compiler", lambda platform, folders: folder)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_compiling(
+    model, tmp_path, capfd, monkeypatch
+):
+    def run_plans(*_):
+        raise AssertionError("compiled")
+
+    planned(monkeypatch, tmp_path, run_plans)
+    (tmp_path / "file").write_text("")
+    assert "file" in fails(capfd, model, "--out", tmp_path / "file" / "below")
+
+
+def test_lines_are_written_all_or_none(model, tmp_path, capfd, monkeypatch):
+    """What an interrupted run left behind is not what the next one shows."""
+    planned(monkeypatch, tmp_path)
+    (tmp_path / "small-v5e-2x4.part").write_text("half a li")
+    (tmp_path / "small-v5e-2x4.jsonl").write_text("old")
+    arguments = ["plan", str(model), "--out", str(tmp_path), "--scheme", "W4A16"]
+
+    def interrupted(path, record):
+        path.write_text("ha")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "append", interrupted)
+        assert main(arguments) == 130
+    assert (tmp_path / "small-v5e-2x4.jsonl").read_text() == "old"
+    assert main(arguments) == 0
+    assert len(results.read(tmp_path / "small-v5e-2x4.jsonl")) == 1
+    assert not (tmp_path / "small-v5e-2x4.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("a\nF1129 07:20 x.cc:7] Check failed: size >= 0\nE1129 signal 6\n", "F1129"),
+        ("a\nb\n", "ended: b"),
+        ("", "said nothing"),
+    ],
+)
+def test_what_killed_the_compiler_is_quoted(said: str, shown: str):
+    assert shown in _last_line(StringIO(said))
 
 
 GIVEN = {"scheme": "W4A16", "batch": 16, "context": 4096, "prompt": 1024}
@@ -114,7 +198,8 @@ def test_what_does_not_compile_is_an_error(lost, model, tmp_path, capfd, monkeyp
     assert err.splitlines()[-1] == (
         f"qjax: error: v5e:2x4, W4A16, {lost[0]}: failed: INTERNAL: lost{more}"
     )
-    assert ("W4A16" in out) == (tmp_path / "out").exists() == (len(lost) == 1)
+    written = any((tmp_path / "out").iterdir())
+    assert ("W4A16" in out) == written == (len(lost) == 1)
 
 
 def test_loads_make_a_picture_of_memory_and_roofline(tmp_path):

@@ -9,7 +9,7 @@ from qjax.plan.layouts import NAMED
 from qjax.plan.machines import machine
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "plan" / "results"
-MACHINES = ("v5e:2x4", "v6e:2x4", "h200")
+MACHINES = ("v5e:2x4", "v6e:2x4", "v7x:2x2x1", "h200")
 MODELS = ("Llama-3-8B", "Llama-3-70B")
 SCHEMES = ("bf16", "W8A8", "W4A16", "W4A8-KV8")
 NORM, TOKEN = 2, 4  # bytes of a norm's weight, of a token's number
@@ -92,6 +92,22 @@ def test_memory_is_that_of_the_arrays(model: str, place: str):
         if program["arguments_bytes"] is not None:
             own = program["weights_bytes"] + program["cache_bytes"]
             assert own <= program["arguments_bytes"] <= 1.01 * own
+
+
+@pytest.mark.parametrize("place", MACHINES)
+@pytest.mark.parametrize("model", MODELS)
+def test_devices_send_the_sums_of_each_layer(model: str, place: str):
+    """Two for each layer, in int32 of coded tokens, and the embedding's rows."""
+    s, n = Sizes(model), machine(place).devices
+    for scheme, record in plans(model, place).items():
+        program = record.metrics["programs"]["decode"]
+        if "sent_bytes_per_device" not in program:
+            assert record.metrics["fits"] == "no"
+            continue
+        each = 4 if "A8" in scheme else 2
+        rows = record.config["batch"] * s.D
+        least = 2 * (n - 1) / n * rows * (2 * s.L * each + 2)
+        assert least <= program["sent_bytes_per_device"] <= 1.02 * least
 
 
 @pytest.mark.parametrize("place", MACHINES)

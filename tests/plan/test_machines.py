@@ -16,6 +16,13 @@ from qjax.plan.steps import Load, make_step
 from qjax.trace.paths import flatten_with_paths
 
 
+def test_names_are_written_in_any_letters():
+    assert machine("TPU7x:2x2x1").name == machine("V7X:2x2x1").name == "v7x:2x2x1"
+    assert machine("H200:1").name == machine("h200").name == "h200"
+    assert layouts.layout("llama-3-8b").name == "Llama-3-8B"
+    assert serving("BF16-kv8").name == "bf16-KV8"
+
+
 def test_known_machines():
     assert machine("v6e:2x4").devices == 8
     assert machine("tpu7x:2x2x1").devices == 8  # two TensorCores a chip
@@ -114,6 +121,8 @@ def test_other_models_are_refused(tmp_path):
 def test_loads_are_checked():
     with pytest.raises(ValueError, match="--batch is 0"):
         Load("decode", 0, 8, 8)
+    with pytest.raises(ValueError, match="--context is 3000000000"):
+        Load("decode", 1, 3 * 10**9, 8)
     with pytest.raises(ValueError, match="--prompt is 9"):
         Load("decode", 1, 8, 9)
 

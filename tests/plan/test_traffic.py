@@ -84,6 +84,30 @@ def test_groups_of_devices_are_read_in_every_form(groups: str):
     assert traffic(parse(text), 8).sent == 5 * 2 * 3 / 4 * 4 * 16
 
 
+BESIDE = """
+%on_sparse_cores (r.0: f32[16], r.1: token[]) -> f32[16] {
+  %r.0 = f32[16]{0:T(128)S(1)} parameter(0)
+  %r.1 = token[] parameter(1)
+  ROOT %sum = f32[16]{0:T(128)S(1)} all-reduce(%r.0), replica_groups={{0,1,2,3}}
+}, execution_thread="sparsecore"
+
+%body (arg"""
+
+
+@pytest.mark.parametrize("start", ["call-start to_apply", "async-start calls"])
+def test_what_runs_beside_is_counted(start: str):
+    """As a v7x runs its collectives and copies; what starts them moves nothing."""
+    opcode, attribute = start.split()
+    begun = (
+        f"%begun = ((f32[16], token[]), f32[16]) {opcode}(%pair), "
+        f"{attribute}=%on_sparse_cores\n  %over = f32[16] "
+        f"{opcode.removesuffix('start')}done(%begun)"
+    )
+    summed = next(line.strip() for line in LOOP.splitlines() if "all-reduce" in line)
+    text = LOOP.replace("\n%body (arg", BESIDE).replace(summed, begun)
+    assert traffic(parse(text), 8) == traffic(parse(LOOP), 8)
+
+
 def test_a_loop_of_unknown_length_is_an_error():
     with pytest.raises(ValueError, match="how often the loop loop runs"):
         traffic(parse(LOOP.replace("%five = s32[] constant(5)", "")), 8)
