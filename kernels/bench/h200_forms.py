@@ -51,10 +51,10 @@ def dense(x: Any, w: Any) -> jax.Array:
 
 
 def narrow(x: Any, w: tuple[Any, Any]) -> jax.Array:
-    """A native int4 array, its scales on the weights."""
+    """A native int4 array `[N, K]`, its scales on the weights."""
     (q, scale), G = w, w[1].shape[0]
-    wide = q.reshape(G, -1, q.shape[1]).astype(x.dtype) * scale[:, None]
-    return dense(x, wide.reshape(q.shape))
+    wide = q.reshape(q.shape[0], G, -1).astype(x.dtype) * scale.T[..., None]
+    return dense(x, wide.reshape(q.shape).T)
 
 
 def float8_tokens(x: Any) -> tuple[jax.Array, jax.Array]:
@@ -81,9 +81,9 @@ def wide_weight(problem: Problem) -> jax.Array:
 
 
 def narrow_weight(problem: Problem) -> tuple[jax.Array, jax.Array]:
-    """`int4[K, N]` and scales."""
+    """`int4[N, K]` and scales `[G, N]`."""
     scale = jnp.asarray(problem.scale(), jnp.bfloat16)
-    return jnp.asarray(problem.codes()).astype(jnp.int4), scale
+    return jnp.asarray(problem.codes()).astype(jnp.int4).T.copy(), scale
 
 
 def int8_weight(problem: Problem) -> tuple[jax.Array, jax.Array]:

@@ -83,10 +83,16 @@ def narrow_product(x: Any, part: Coded, dtype: Any, precision: Any = None) -> ja
         assert isinstance(format, Int)
         (K, N), G = part.shape, grid.scale.shape[0]
         scale = grid.scale.astype(x.dtype)
-        w = part.codes.reshape(G, K // G, N).astype(x.dtype) * scale[:, None]
-        y = jnp.matmul(
+        if isinstance(part, Packed):  # along K
+            w = part.codes.reshape(N, G, K // G).astype(x.dtype) * scale.T[..., None]
+            w = w.reshape(N, K)
+        else:
+            w = part.codes.reshape(G, K // G, N).astype(x.dtype) * scale[:, None]
+            w = w.reshape(K, N).T
+        y = jax.lax.dot_general(
             x,
-            w.reshape(K, N),
+            w,
+            (((1,), (1,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
         )

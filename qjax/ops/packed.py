@@ -38,7 +38,7 @@ class Packed(Coded):
     Attributes:
       order: "tiles" for Hopper (`qjax_kernels/int_matmul/fragments.py`), with whole
         zeros of `q` as `int8[..., G, N]`; "rows" for CPUs and, of 8 bits, GPUs, `q` as
-        `int8[..., N, K]`; or "narrow" for other GPUs, `q` as `int4[..., K, N]`. These
+        `int8[..., N, K]`; or "narrow" for other GPUs, `q` as `int4[..., N, K]`. These
         keep zeros as they are.
     """
 
@@ -52,10 +52,8 @@ class Packed(Coded):
     def unpack(self) -> Shaped[Array, "... K N"]:
         """One unsigned code for each weight."""
         half = _int(self).half
-        if self.order == ROWS:
+        if self.order in (ROWS, NARROW):
             q = jnp.swapaxes(self.codes, -1, -2)
-        elif self.order == NARROW:
-            q = self.codes
         elif _int(self).bits < 8:
             return unpack_tiles(self.codes, _int(self).bits, *self.shape)
         else:
@@ -87,10 +85,10 @@ def pack(qparams: Any, target: Target | None = None) -> Any:
     For a Hopper GPU, integers of 2, 3, 4 and 8 bits that meet float activations: its
     kernel takes them only if they are packed. For other GPUs, 4-bit integers that meet
     float activations, and for any GPU groups of them that meet coded tokens. For a CPU,
-    integers of whole channels that meet integers, and for any GPU those of 8 bits:
-    their products read both along K, and a loop over layers would first turn all
-    weights. For a TPU, outlier weights in bfloat16 are sorted into tiles, on the host.
-    Anything else is returned as it is. Do this once, after loading; packed leaves are
+    integers of whole channels that meet integers, and for any GPU those of 8 bits. But
+    for Hopper's kernel all of these lie along K: so their products read them, and a
+    loop over layers would first turn all weights. For a TPU, outlier weights in
+    bfloat16 are sorted into tiles, on the host. Anything else is returned as it is. Do this once, after loading; packed leaves are
     neither saved nor sharded. `unpack` gives back what was packed, bit for bit.
 
     Args:
@@ -170,7 +168,8 @@ def _packed(part: Coded, order: str) -> Packed:
         zero = whole_zeros(part) if format.zero == "int" else zero
     else:
         q = codes if format.bits == 8 else codes.astype(jnp.int8) - format.half
-        codes = jnp.swapaxes(q, -1, -2) if order == ROWS else q.astype(jnp.int4)
+        q = q if order == ROWS else q.astype(jnp.int4)
+        codes = jnp.swapaxes(q, -1, -2)
     return Packed(codes, scale, zero, None, None, format, part.shape, order)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.core.coded import Coded
-from qjax.ops.packed import ROWS, TILES, Packed
+from qjax.ops.packed import NARROW, ROWS, TILES, Packed
 from qjax_kernels.int_matmul.fragments import OUTPUTS
 
 PIECES = 8
@@ -58,7 +58,8 @@ def decoder(part: Coded, dtype: Any) -> Callable[[Any, int], Float[Array, "... K
     """`decoded(start, width)`: these columns as floats; `start` may be traced."""
     grid, cols = part.grid(), part.format.granularity.cols
     order = part.order if isinstance(part, Packed) else ""
-    where = {TILES: (-4, OUTPUTS), ROWS: (-2, 1)}.get(order, (-1, 1))
+    places = {TILES: (-4, OUTPUTS), ROWS: (-2, 1), NARROW: (-2, 1)}
+    where = places.get(order, (-1, 1))
 
     def decoded(start: Any, width: int) -> Any:
         def of_columns(x: Any) -> Any:

@@ -178,7 +178,7 @@ def test_apply_lowers_to_the_kernel_and_to_the_gradient_of_the_values():
     ("format", "activation", "target", "packed", "stored"),
     [
         (Int(4, group(64)), None, HOPPER, "1x2x8x128xui32", f"{K // 8}x{N}xui32"),
-        (Int(4, group(64)), None, GPU, f"{K}x{N}xi4", f"{K // 8}x{N}xui32"),
+        (Int(4, group(64)), None, GPU, f"{N}x{K}xi4", f"{K // 8}x{N}xui32"),
         (Int(8), Int(8, token()), GPU, f"{N}x{K}xi8", f"{K}x{N}xi8"),
     ],
     ids=["tiles", "narrow", "rows"],
