@@ -88,8 +88,9 @@ def pack(qparams: Any, target: Target | None = None) -> Any:
     integers of whole channels that meet integers, and for any GPU those of 8 bits. But
     for Hopper's kernel all of these lie along K: so their products read them, and a
     loop over layers would first turn all weights. For a TPU, outlier weights in
-    bfloat16 are sorted into tiles, on the host. Anything else is returned as it is. Do this once, after loading; packed leaves are
-    neither saved nor sharded. `unpack` gives back what was packed, bit for bit.
+    bfloat16 are sorted into tiles, on the host. Anything else is returned as it is. Do
+    this once, after loading; packed leaves are neither saved nor sharded. `unpack`
+    gives back what was packed, bit for bit.
 
     Args:
       qparams: arrays and QTensors.
