@@ -161,4 +161,4 @@ def qwix(M: int, K: int, N: int, block: Any) -> PeerCall:
         shape((K, N), jnp.int8),
         shape((K // 128, N // 128), jnp.float32),
     )
-    return PeerCall(run, given, "lhs_fused", (m, n, k))
+    return PeerCall(run, given, "-run.", (m, n, k))

@@ -2,23 +2,30 @@
 
     PYTHONPATH=.venv/libtpu:.venv/peers python kernels/bench/peers.py
     ... python kernels/bench/peers.py v6e 16        one generation, one M
+    ... python kernels/bench/peers.py XLA           one library
 
-It appends what peers.jsonl lacks. For a kernel, cycles of a call are its grid steps
+It appends what peers.jsonl lacks. Every form is compiled in a process of its own, which
+may take `SECONDS` of processor time. For a kernel, cycles of a call are its grid steps
 times the larger of its bundles and the cycles in which memory delivers what a step
-reads. Ours count all of their branches; a peer's count one way through them
-(`branches.py`), and the blocks that are fastest of those tried. For XLA's own
-operations they are what XLA estimates, conversions of codes not included, and no less
-than the limits, which it may leave out. The limits are those of the whole call. A peer
-that does not compile is written down with what it said.
+reads. Ours count all of their branches; a peer's count one way through them, and the
+blocks that are fastest of those tried. What quantizes tokens is counted in the first
+step of each block of them, where it is a branch of its own (`branches.py`). For XLA's
+own operations they are what XLA estimates, conversions of codes not included, and no
+less than the limits, which it may leave out. The limits are those of the whole call. A
+peer that does not compile is written down with what it said.
 """
 
+import json
+import resource
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import schedule
 from aot import compiled
-from branches import longest
+from branches import longest, together
 from forms.form import Form
 from peer_kernels import on
 from products import CASES, KINDS, by_xla, cases, ours, peers
@@ -27,6 +34,7 @@ from programs import context
 from qjax.results import Record, append, read
 
 OUT = Path(__file__).parent / "peers.jsonl"
+SECONDS, ONE = 300, "--one"
 
 
 def main(words: list[str]) -> None:
@@ -34,33 +42,69 @@ def main(words: list[str]) -> None:
     known = {record.label for record in read(OUT)} if OUT.exists() else set()
     for kind in range(len(KINDS)):
         for generation, M in CASES:
-            if set(words) <= {generation, str(M), KINDS[kind]}:
-                measure(cases(generation, M)[kind], known)
+            case = cases(generation, M)[kind]
+            for name in dict.fromkeys(name for name, _ in forms(case)):
+                where = {generation, str(M), KINDS[kind], name.split(",")[0]}
+                label = f"{generation} {KINDS[kind]} M={M} {name}"
+                if set(words) <= where and label not in known:
+                    measure(case, name, label)
 
 
-def measure(case: Any, known: set[str]) -> None:
-    """Every form of one case."""
+def forms(case: Any) -> list[tuple[str, Form]]:
+    """Every form of one case, by name; a name may have several sizes of blocks."""
     named = [(f"XLA, {name}", form) for name, form in by_xla(case)]
-    named += [("Pallas, ours", ours(case)), *peers(case)]
-    kind = KINDS[case.int8 + (case.bits == 8)]
-    for name in dict.fromkeys(name for name, _ in named):
-        label = f"{case.generation} {kind} M={case.M} {name}"
-        if label in known:
-            continue
-        tried = [attempt(case, form, name) for n, form in named if n == name]
-        found, refused = min(tried, key=lambda pair: pair[0].get("over_limit", 1e9))
-        print(label, found, refused, flush=True)
-        config = {"refused": refused} if refused else {}
-        append(OUT, Record(label, config, found, context(named[0][1])))
+    return [*named, ("Pallas, ours", ours(case)), *peers(case)]
+
+
+def measure(case: Any, name: str, label: str) -> None:
+    """Write down the best of one form."""
+    every = forms(case)
+    at = [i for i, (other, _) in enumerate(every) if other == name]
+    tried = [apart(case, i, name) for i in at]
+    found, refused = min(tried, key=lambda pair: pair[0].get("over_limit", 1e9))
+    print(label, found, refused, flush=True)
+    config = {"refused": refused} if refused else {}
+    append(OUT, Record(label, config, found, context(case.program())))
+
+
+def apart(case: Any, at: int, name: str) -> tuple[dict[str, Any], str]:
+    """What a form costs, in another process, or what a peer says instead.
+
+    Raises:
+      RuntimeError: a form that is no peer's fails, or any process ends for another
+        reason than its limit.
+    """
+    kind = str(case.int8 + (case.bits == 8))
+    command = [sys.executable, __file__, ONE, case.generation, str(case.M), kind]
+    limit = (SECONDS, SECONDS + 1)
+    done = subprocess.run(
+        [*command, str(at)],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, limit),
+    )
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return {}, f"is not compiled in {SECONDS} s of processor time"
+    if done.returncode:
+        raise RuntimeError(f"{name} ended with {done.returncode}")
+    found, refused = json.loads(done.stdout.splitlines()[-1])
+    return found, refused
+
+
+def one(generation: str, M: str, kind: str, at: str) -> None:
+    """Print what one form costs."""
+    case = cases(generation, int(M))[int(kind)]
+    name, form = forms(case)[int(at)]
+    print(json.dumps(attempt(case, form, name)))
 
 
 def attempt(case: Any, form: Form, name: str) -> tuple[dict[str, Any], str]:
     """What a form costs, or what a peer says instead."""
-    if name.startswith(("XLA", "Pallas")):
-        return cost(case, form, own=name.startswith("Pallas")), ""
+    own = name.startswith("Pallas")
+    known = schedule.OverflowedError if own or name.startswith("XLA") else Exception
     try:
-        return cost(case, form, own=False), ""
-    except Exception as error:  # whatever a peer raises is its result
+        return cost(case, form, own), ""
+    except known as error:  # whatever a peer raises is its result
         return {}, f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
@@ -71,18 +115,21 @@ def cost(case: Any, form: Form, own: bool) -> dict[str, Any]:
         program = compiled(case.generation, form.function, *form.arguments)
     text, temporaries = program.as_text(), program.memory_analysis()
     cycles = schedule.estimated(text)
-    steps, bundles = 0, 0
+    steps, bundles, later = 0, 0, 0
     if form.kernel:
+        assert isinstance(form.steps, tuple)
         steps, step_bytes = form.steps
-        bundles = kernel_bundles(form.kernel, own)
+        bundles, later = kernel_bundles(form.kernel, own)
         memory = schedule.memory_cycles(case.generation, step_bytes)
-        cycles += steps * max(bundles, memory)
+        cycles += form.firsts * max(bundles, memory)
+        cycles += (steps - form.firsts) * max(later, memory)
     schedule.clear()
     memory = schedule.memory_cycles(case.generation, form.least)
     products = schedule.product_cycles(case.generation, form.products, form.contract)
     cycles = max(cycles, memory, products)  # XLA's estimate may be less
     return {
         "bundles": bundles or None,
+        "later_bundles": later or None,
         "steps": steps or None,
         "thousand_cycles": cycles / 1e3,
         "hbm_thousand_cycles": memory / 1e3,
@@ -92,11 +139,8 @@ def cost(case: Any, form: Form, own: bool) -> dict[str, Any]:
     }
 
 
-def kernel_bundles(kernel: str, own: bool) -> int:
-    """Of one step."""
-    if own:
-        counts = schedule.bundle_counts()
-        return sum(n for name, n in counts.items() if f"-{kernel}." in name)
+def kernel_bundles(kernel: str, own: bool) -> tuple[int, ...]:
+    """Of a first step of a block of tokens, and of a later one."""
     texts = [
         path.read_text()
         for path in schedule.DUMP.glob("*-final_bundles.txt")
@@ -104,8 +148,8 @@ def kernel_bundles(kernel: str, own: bool) -> int:
     ]
     if len(texts) != 1:
         raise RuntimeError(f"{len(texts)} schedules are named {kernel!r}")
-    return longest(texts[0])
+    return together(texts[0]) if own else longest(texts[0])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(one(*sys.argv[2:]) if ONE in sys.argv else main(sys.argv[1:]))

@@ -132,12 +132,12 @@ def kernel_form(
     """
     m, n, k = block
     by_tokens = (N // n) * (K // k)
-    steps = -(-case.M // m) * by_tokens
+    firsts = -(-case.M // m)
     tokens = 2 * m * K / by_tokens if stay or k == K else 2 * m * k
     return Form(
         "", f, arguments, stored(case) + ends(case.M), case.M * K * N,
-        kernel, (steps, stored(case) * n * k / (K * N) + tokens),
-        contract=contracted(case),
+        kernel, (firsts * by_tokens, stored(case) * n * k / (K * N) + tokens),
+        firsts=firsts, contract=contracted(case),
     )  # fmt: skip
 
 

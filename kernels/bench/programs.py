@@ -89,11 +89,12 @@ class TpuProgram:
         products = schedule.product_cycles(
             self.generation, self.step_products, self.contract
         )
+        limit = max(memory, products)
         return {
             "bundles": found.bundles,
             "hbm_cycles": memory,
             "mxu_cycles": products,
-            "over_limit": max(found.bundles, memory) / max(memory, products),
+            "over_limit": max(found.bundles, limit) / limit,
             "bundles_beside": found.beside,
             "temporary_bytes": found.temporaries,
             "spills": found.spills,

@@ -87,15 +87,19 @@ def spilled(path: Path) -> int:
     return sum(int(line.split()[column]) for line in lines[2:] if line.strip())
 
 
+class OverflowedError(RuntimeError):
+    """An estimate of XLA's is no number of cycles."""
+
+
 def estimated(text: str) -> int:
     """Cycles that XLA estimates for its own operations of a compiled program.
 
     Raises:
-      RuntimeError: an estimate overflowed.
+      OverflowedError: an estimate overflowed.
     """
     estimates = [int(n) for n in ESTIMATE.findall(text)]
     if max(estimates, default=0) > MOST:
-        raise RuntimeError(f"XLA's estimate overflows: {max(estimates)}")
+        raise OverflowedError("XLA's estimate of cycles overflows")
     return sum(estimates)
 
 

@@ -61,6 +61,7 @@ class Choice:
       sums: XLA's form with scales on sums, for TPUs.
       narrow: XLA's form with scales on an array of narrow weights, for GPUs.
       vectors: products of code vectors first, for a few tokens.
+      floats: the kernel's int8 tokens meet weights with their scales, in bfloat16.
       tokens: what XLA's form with int8 tokens fills their number up to a multiple of.
     """
 
@@ -70,6 +71,7 @@ class Choice:
     sums: bool = False
     narrow: bool = False
     vectors: bool = False
+    floats: bool = False
     tokens: int = 1
 
     @property
@@ -85,10 +87,7 @@ class Choice:
         """In what int8 tokens meet integer weights, in words; empty where in int32."""
         if self.narrow:
             return "as floats"
-        if self.generation not in GENERATIONS:
-            return ""
-        native = chip(self.generation).is_matmul_supported(jnp.int8, jnp.int8)
-        return "" if native else "in bfloat16"
+        return "in bfloat16" if self.floats else ""
 
 
 def how(q: QTensor, site: int = 0, chosen: tuple[Choice, ...] = ()) -> str:
@@ -141,7 +140,20 @@ def choose(q: QTensor, part: Coded, site: int, x: Any, target: Target) -> Choice
     why = unfit(q, part, site, x, target)
     if why:
         return _by_xla(part, q, site, x, target, why)
-    return Choice("pallas", target.generation)
+    floats = _floats(q, part, site, x, target.generation)
+    return Choice("pallas", target.generation, floats=floats)
+
+
+def _floats(q: QTensor, part: Coded, site: int, x: Any, generation: str | None) -> bool:
+    """Whether a TPU's kernel contracts int8 tokens in bfloat16."""
+    activation = q.site(site).activation
+    if generation not in GENERATIONS or activation is None or has_levels(part):
+        return False
+    weight = jax.eval_shape(int_weight, part)
+    if activation.outliers is not None:
+        return not chip(generation).is_matmul_supported(jnp.int8, jnp.int8)
+    found = blocks.choose(generation, x.shape[0], weight, True)
+    return blocks.contracted(generation, found, weight, True) != "int8"
 
 
 def _by_xla(

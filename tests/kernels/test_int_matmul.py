@@ -32,7 +32,8 @@ class Case:
 
     @property
     def id(self):
-        kind = "a8" if self.int8 else self.blocks.decode + "-" + self.blocks.scale_on
+        tokens = "a8" if self.int8 else self.blocks.decode
+        kind = f"{tokens}-{self.blocks.scale_on}"
         shape = f"{self.M}x{self.K}x{self.N}"
         return f"w{self.bits}-g{self.group}-{self.zero}-{kind}-{shape}"
 
@@ -52,6 +53,8 @@ CASES = [
     Case(8, 64, "int", WEIGHTS),
     Case(4, 128, None, int8=True),
     Case(4, 32, "int", int8=True),
+    Case(4, 128, None, WEIGHTS, int8=True),
+    Case(4, 32, "int", WEIGHTS, int8=True, M=5),
     Case(8, None, None, int8=True),
     Case(2, 32, K=256, N=128),
     Case(2, None, K=256, N=128),
@@ -136,6 +139,7 @@ def test_equals_float64(case, backend):
     [
         replace(CASES[4], K=256),
         Case(4, 128, "int", int8=True, K=256, N=128),
+        Case(4, 128, "int", WEIGHTS, int8=True),
         Case(8, None, None, int8=True, K=256, N=128),
     ],
     ids=lambda c: c.id,

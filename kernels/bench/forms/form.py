@@ -18,6 +18,7 @@ class Form:
       kernel: the name of its kernel; None where XLA does everything.
       steps: grid steps of the kernel, or turns of its loop, and the bytes that one
         reads from HBM; or what says so of the compiled program's text.
+      firsts: how many of those steps are the first of a block of tokens.
       contract: the type that decides the limit of the matrix unit.
       compilers: packages whose versions decide.
     """
@@ -29,6 +30,7 @@ class Form:
     products: float = 0
     kernel: str | None = None
     steps: tuple[int, float] | Callable[[str], tuple[int, float]] = (0, 0)
+    firsts: int = 0
     contract: str = "bfloat16"
     compilers: tuple[str, ...] = ("libtpu",)
 

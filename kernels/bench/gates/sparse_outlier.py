@@ -10,8 +10,7 @@ from gates.int_matmul import Case as IntCase
 from gates.int_matmul import shapes
 from programs import TpuProgram, grid_steps
 
-from qjax_kernels.int_matmul.blocks import choose
-from qjax_kernels.sparse_outlier.pallas_tpu import name_of, sparse_outlier
+from qjax_kernels.sparse_outlier.pallas_tpu import choose, name_of, sparse_outlier
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Case:
         """What is compiled; a step counts as if every chunk held an outlier."""
         one, shape = self.one, jax.ShapeDtypeStruct
         M, K, N = one.M, one.K, one.N
-        blocks = choose(self.generation, M, one.weight, True)
+        blocks = choose(self.generation, M, one.weight)
         run: Any = partial(sparse_outlier, generation=self.generation, blocks=blocks)
         return TpuProgram(
             generation=self.generation,

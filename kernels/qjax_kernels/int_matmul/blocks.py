@@ -12,6 +12,8 @@ from importlib.resources import files
 from math import lcm
 from typing import Any
 
+import jax.numpy as jnp
+
 from qjax_kernels import crossing
 from qjax_kernels.coded import WORD
 from qjax_kernels.compat import chip
@@ -20,6 +22,7 @@ from qjax_kernels.int_matmul.weight import IntWeight
 LANES, SUBLANES, TOKENS, MIB = 128, 8, 16, 2**20
 LEAST_LIMIT = 16 * MIB  # the compiler's own default on most generations
 WHOLE_TOKENS = 4 * MIB
+FEWEST = 256  # tokens below which a step is not made smaller
 ROOM = 4 * MIB  # what the compiler keeps beside the arrays that a kernel names
 
 
@@ -107,7 +110,7 @@ def table() -> dict[str, Any]:
 def choose(
     generation: str, M: int, weight: IntWeight, int8_tokens: bool = False
 ) -> Blocks:
-    """The table's entry for a problem, fitted to it.
+    """The table's entry for a problem, fitted to it and, in its tokens, to VMEM.
 
     Raises:
       ValueError: the table has no entry for the generation.
@@ -127,7 +130,10 @@ def choose(
     narrowest = min(row["bits"] for row in rows)
     rows = [row for row in rows if row["bits"] == narrowest]
     row = next((r for r in rows if r["up_to_M"] is None or r["up_to_M"] >= M), rows[-1])
-    return Blocks(**row["blocks"]).fitted(M, weight, int8_tokens)
+    blocks = Blocks(**row["blocks"]).fitted(M, weight, int8_tokens)
+    while blocks.m > FEWEST and too_large(generation, blocks, weight, int8_tokens):
+        blocks = replace(blocks, m=blocks.m // 2)
+    return blocks
 
 
 def vmem_bytes(
@@ -146,7 +152,7 @@ def vmem_bytes(
     sums = m * _up(weight.groups, LANES) * 4
     step_groups = _up(-(-blocks.k // (weight.group or blocks.k)), SUBLANES)
     wide = max(weight.rows // blocks.k, 1) * step_groups * n * 4
-    scratch = m * n * 4 + wide + (m * x_columns + m * LANES * 4) * int8_tokens
+    scratch = m * n * 4 + wide + (m * x_columns * 2 + m * LANES * 4) * int8_tokens
     decoded = k * tile * 4 + m * tile * 8
     if blocks.decode == "offset":  # tokens in another order, and what orders them
         unit = lcm(registers(weight.bits), weight.group or 1)
@@ -172,6 +178,18 @@ def vmem_limit(
     if problem:
         raise ValueError(problem)
     return max(LEAST_LIMIT, _up(vmem_bytes(blocks, weight, int8_tokens) + ROOM, MIB))
+
+
+def contracted(
+    generation: str, blocks: Blocks, weight: IntWeight, int8_tokens: bool
+) -> str:
+    """The type in which the matrix unit takes tokens and weights.
+
+    Weights times their scales are no integers; codes are exact in bfloat16.
+    """
+    whole = weight.groups == 1 or blocks.scale_on == "sums"
+    native = chip(generation).is_matmul_supported(jnp.int8, jnp.int8)
+    return "int8" if int8_tokens and native and whole else "bfloat16"
 
 
 def too_large(

@@ -1,7 +1,8 @@
 """What one grid step of the TPU kernel does.
 
 Scales go on the accumulator of each group (`scale_on="sums"`, exact products) or on the
-weights (`"weights"`, rounded to bfloat16: cheaper for many tokens). Zero points are one
+weights (`"weights"`, rounded to bfloat16: cheaper for many tokens, whose int8 codes are
+exact in bfloat16 too). Zero points are one
 small product for each block of outputs, `sum_g xsum_g (zero scale)_g`, done once.
 """
 

@@ -19,6 +19,7 @@ from qjax_kernels.int_matmul.blocks import (
     LANES,
     Blocks,
     choose,
+    contracted,
     tokens_stay,
     vmem_limit,
 )
@@ -69,10 +70,7 @@ def int_matmul(
         blocks = choose(generation, M, weight, int8_tokens)
     blocks = blocks.fitted(M, weight, int8_tokens)
     limit = vmem_limit(generation, blocks, weight, int8_tokens)
-    native = chip(generation).is_matmul_supported(jnp.int8, jnp.int8)
-    contract = jnp.int8 if int8_tokens and native else jnp.bfloat16
-    if contract == jnp.int8 and blocks.scale_on == "weights":
-        raise ValueError('Blocks.scale_on is "weights"; int8 products need "sums"')
+    contract = jnp.dtype(contracted(generation, blocks, weight, int8_tokens))
     # v5 has no bfloat16 arithmetic.
     scaled_in = jnp.bfloat16 if chip(generation).generation > 5 else jnp.float32
     whole = int8_tokens or tokens_stay(blocks, weight)
@@ -140,7 +138,7 @@ def _scratch(weight: IntWeight, plan: Plan) -> list[Any]:
         wide_scratch(plan),
     ]
     if plan.int8_tokens:
-        scratch.append(pltpu.VMEM((plan.steps, m, plan.blocks.k), jnp.int8))
+        scratch.append(pltpu.VMEM((plan.steps, m, plan.blocks.k), plan.contract))
         scratch.append(pltpu.VMEM((m, 1), jnp.float32))
         if plan.sums:
             scratch.append(pltpu.VMEM((m, weight.groups), jnp.float32))

@@ -100,11 +100,15 @@ def ragged_matmul(
 def choose(
     generation: str, M: int, experts: IntWeight, int8_tokens: bool = False
 ) -> Blocks:
-    """`int_matmul`'s blocks for an expert's rows, with all inputs if they fit."""
+    """`int_matmul`'s blocks for an expert's rows, with all inputs if they fit.
+
+    int8 tokens have scales on sums.
+    """
     one, E = one_expert(experts), experts.codes.shape[0]
     rows = min(max(FEWEST_ROWS, pl.next_power_of_2(-(-M // E))), MOST_ROWS)
     found = int_blocks.choose(generation, rows, one, int8_tokens)
-    found = replace(found, m=min(rows, M))
+    scale_on = "sums" if int8_tokens else found.scale_on
+    found = replace(found, m=min(rows, M), scale_on=scale_on)
     whole = replace(found, k=one.rows)
     return found if int_blocks.too_large(generation, whole, one) else whole
 

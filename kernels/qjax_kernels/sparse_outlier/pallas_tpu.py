@@ -28,6 +28,7 @@ from qjax_kernels.int_matmul.weight import IntWeight
 from qjax_kernels.sparse_outlier.reference import check
 
 CHUNK = 256  # inputs that are left out together if none is an outlier
+MOST_TOKENS = 256  # of a step, which holds them twice
 
 
 def sparse_outlier(
@@ -66,7 +67,7 @@ def sparse_outlier(
     dtype = jnp.dtype(kept.dtype if dtype is None else dtype)
     M = codes.shape[0]
     if blocks is None:
-        blocks = int_blocks.choose(generation, M, weight, True)
+        blocks = choose(generation, M, weight)
     blocks = blocks.fitted(M, weight, True)
     native = chip(generation).is_matmul_supported(jnp.int8, jnp.int8)
     plan = Plan.of(weight, blocks, False, jnp.int8 if native else jnp.bfloat16)
@@ -104,6 +105,12 @@ def name_of(weight: IntWeight) -> str:
     return f"outliers_{int_name_of(weight, True)}"
 
 
+def choose(generation: str, M: int, weight: IntWeight) -> Blocks:
+    """`int_matmul`'s blocks; scales on sums, for codes meet two kinds of tokens."""
+    blocks = int_blocks.choose(generation, M, weight, True)
+    return replace(blocks, m=min(blocks.m, MOST_TOKENS), scale_on="sums")
+
+
 def chunk_of(weight: IntWeight, blocks: Blocks) -> int:
     """Inputs with one flag: whole groups and registers, a part of a step."""
     unit = lcm(weight.group or 1, LANES, SUBLANES * WORD // weight.bits)
@@ -113,7 +120,7 @@ def chunk_of(weight: IntWeight, blocks: Blocks) -> int:
 
 def too_large(generation: str, M: int, weight: IntWeight) -> str:
     """That a step needs more VMEM than there is; empty if it does not."""
-    blocks = int_blocks.choose(generation, M, weight, True)
+    blocks = choose(generation, M, weight)
     return int_blocks.too_large(generation, _roomy(blocks), weight)
 
 
