@@ -1,7 +1,9 @@
 """The model to plan for, from its configuration alone."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -99,7 +101,8 @@ def _fields(model: str) -> Mapping[str, Any]:
     if folder.is_dir():
         return read_json(folder / "config.json")
     try:
-        return read_json(Path(hf_hub_download(model, "config.json")))
+        with _quiet():
+            return read_json(Path(hf_hub_download(model, "config.json")))
     except (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -110,3 +113,15 @@ def _fields(model: str) -> Mapping[str, Any]:
             f"{model} is no folder and no model on the hub that can be reached; "
             f"layouts known by name are bundled, {', '.join(NAMED)}"
         ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a warning for every try of a name that leads nowhere."""
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

@@ -1,16 +1,19 @@
 """`qjax plan`: refusals anywhere, and a plan where the compiler of TPUs is."""
 
 import json
+import logging
 import sys
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from matplotlib.image import imread
 
 from qjax import results
 from qjax.cli import main
 from qjax.commands import plan as command
+from qjax.plan import layouts
 from qjax.plan.compilers import _last_line
 from qjax.plan.machines import machine
 from qjax.plan.picture import plan_plot
@@ -60,6 +63,25 @@ def test_a_value_is_given_once(model, capfd):
         assert said == (
             f"qjax: error: --{option} has {value} twice: give each value once\n"
         )
+
+
+def test_a_name_that_leads_nowhere_is_one_sentence(capfd, monkeypatch):
+    """The hub's client warns of every try."""
+    log = logging.getLogger("huggingface_hub.utils._http")
+    said = logging.StreamHandler()
+
+    def hf_hub_download(model, file):
+        log.warning("Retrying in 1s")
+        raise LocalEntryNotFoundError("nothing there")
+
+    monkeypatch.setattr(layouts, "hf_hub_download", hf_hub_download)
+    log.addHandler(said)
+    try:
+        assert "Llama-4-9B is no folder" in fails(capfd, "Llama-4-9B")
+        log.warning("heard again")
+    finally:
+        log.removeHandler(said)
+    assert "heard again" in capfd.readouterr().err
 
 
 def test_one_thing_by_two_names_is_given_twice(model, capfd):

@@ -129,3 +129,25 @@ def test_limits_are_operations_and_bytes_over_rates(model: str, place: str):
             links = program["sent_bytes_per_device"] / chip.link
             assert program["limit_seconds"] == pytest.approx(alone + links)
             assert program["compiled_seconds"] >= 0.999 * program["limit_seconds"]
+
+
+@pytest.mark.parametrize("place", ["v5e:2x4", "h200"])
+def test_sweeps_follow_batch_and_context(place: str):
+    """Each load's operations, bytes and cache; what does not fit needs more than is."""
+    s, there = Sizes("Llama-3-8B"), machine(place)
+    stem = f"llama-3-8b-{place}".replace(":", "-")
+    found = results.read(FOLDER.parent / "sweep" / f"{stem}.jsonl")
+    loads = {(r.config["batch"], r.config["context"]) for r in found}
+    assert {(1, 4096), (256, 4096), (16, 8192)} <= loads
+    assert len(found) == len(SCHEMES) * len(loads)
+    for record in found:
+        scheme, batch, room = (record.config[k] for k in ("scheme", "batch", "context"))
+        program = record.metrics["programs"]["decode"]
+        per_token = 2 * (s.linear + s.D * s.V) + 4 * s.L * s.D * room
+        assert program["operations_per_token"] == per_token
+        read = s.linear_bytes(scheme) + 2 * s.D * s.V + 2 * s.D * batch
+        cache = s.cache_bytes(scheme, batch * room)
+        assert program["bytes_read"] == pytest.approx(read + cache, rel=1e-3)
+        assert program["cache_bytes"] * there.devices == pytest.approx(cache, rel=1e-3)
+        fits = record.metrics["fits"] == "yes"
+        assert fits == (program["needed_bytes"] <= program["available_bytes"])
