@@ -69,8 +69,8 @@ def reference(path: Path) -> list[tuple[Any, Any]]:
     return [(rows, exact(params, rows)) for rows in parts]
 
 
-def scored(run: Run, trained: Any, frozen: Any, path: Path) -> dict[str, float]:
-    """Loss and divergence on held-out windows."""
+def scorer(run: Run, path: Path) -> Callable[[Any, Any], dict[str, float]]:
+    """`score(trained, frozen)`: loss and divergence on held-out windows."""
 
     @jax.jit
     def one(trained: Any, frozen: Any, tokens: Any, exact: Any) -> Any:
@@ -79,9 +79,17 @@ def scored(run: Run, trained: Any, frozen: Any, path: Path) -> dict[str, float]:
         kl = jnp.sum(jnp.exp(exact) * (exact - mine), -1).mean()
         return next_token_loss(logits, tokens), kl
 
-    parts = [one(trained, frozen, *each) for each in reference(path)]
-    loss, kl = np.mean(jax.device_get(parts), 0)
-    return {"loss": float(loss), "perplexity": float(np.exp(loss)), "kl": float(kl)}
+    def score(trained: Any, frozen: Any) -> dict[str, float]:
+        parts = [one(trained, frozen, *each) for each in reference(path)]
+        loss, kl = np.mean(jax.device_get(parts), 0)
+        return {"loss": float(loss), "perplexity": float(np.exp(loss)), "kl": float(kl)}
+
+    return score
+
+
+def scored(run: Run, trained: Any, frozen: Any, path: Path) -> dict[str, float]:
+    """Loss and divergence on held-out windows."""
+    return scorer(run, path)(trained, frozen)
 
 
 def job(

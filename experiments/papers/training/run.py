@@ -1,10 +1,11 @@
-"""What the papers of training methods claim, in small: one to three minutes for each.
+"""What the papers of training methods claim, in small: one to ten minutes for each.
 
     python experiments/papers/training/run.py --general wiki.txt --domain code.txt
     python experiments/papers/training/run.py --papers lsq pact
 
 Writes `results/<paper>.jsonl`, a row for each setting with the paper's number beside
-ours, the paper's claims into `results/claims.jsonl`, and `results/curves.png`.
+ours, the paper's claims into `results/claims.jsonl`, `results/curves.png` and, of the
+papers on adapters, `results/adapters.png`.
 """
 
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import adapters
 import images
 import language
 import numpy as np
@@ -24,6 +26,8 @@ from qjax.results import Record, append, environment, read
 
 RESULTS = Path(__file__).parent / "results"
 CLAIMS, CURVES = RESULTS / "claims.jsonl", RESULTS / "curves.jsonl"
+ON_DOMAIN = ("qlora", *adapters.PAPERS)
+LANGUAGE = language.PAPERS | adapters.PAPERS
 EVERY = 5  # steps of a curve that make a point
 
 
@@ -50,14 +54,14 @@ def rows(name: str, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     if options.general is None or options.domain is None:
         raise ValueError(f"{name} trains a language model: give --general and --domain")
     texts = language.Texts(options.general, options.domain)
-    return language.PAPERS[name](texts)
+    return LANGUAGE[name](texts)
 
 
 def about(name: str, options: Options) -> dict[str, Any]:
     """What was trained on."""
     if name in images.PAPERS:
         return {"data": "scikit-learn digits"}
-    path = options.domain if name == "qlora" else options.general
+    path = options.domain if name in ON_DOMAIN else options.general
     assert path is not None
     text = file_text(path)
     return {"text": {"name": text.name, "sha256": text.sha256}}
@@ -106,6 +110,10 @@ def decided(name: str, claim: Less, table: dict[str, Record]) -> Record:
         "margin": claim.margin,
         "holds": int(better < claim.margin * worse),
     }
+    seeds = [r.metrics.get("seeds", {}).get(claim.metric) for r in pair]
+    if all(seeds):
+        ratios = np.divide(*seeds)
+        metrics["ratio_error"] = float(np.std(ratios, ddof=1) / np.sqrt(ratios.size))
     where = {k: pair[0].context[k] for k in ("commit", "date")}
     label = f"{name}: {claim.better} below {claim.worse}, {claim.metric}"
     return Record(label, {"paper": name}, metrics, where)
@@ -131,10 +139,13 @@ def thin(curve: list[float]) -> list[float]:
 
 
 def draw(path: Path, records: list[Record]) -> None:
-    """Losses against steps, a panel for each paper."""
+    """Losses against steps, a panel for each paper, at most five in a row."""
     names = list(dict.fromkeys(r.config["paper"] for r in records))
-    figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
-    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names):
+    down = -(-len(names) // 5)
+    across = -(-len(names) // down)
+    figure = Figure(figsize=(4 * across, 3.4 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flat
+    for axes, name in zip(panels, names):
         for record in records:
             if record.config["paper"] == name:
                 losses = record.metrics["loss"]
@@ -152,8 +163,11 @@ def main(options: Options) -> None:
     for name, paper in PAPERS.items():
         annotate(name, paper)
     decide()
-    if CURVES.is_file():
-        draw(RESULTS / "curves.png", read(CURVES))
+    curves = read(CURVES) if CURVES.is_file() else []
+    of = lambda papers: [r for r in curves if r.config["paper"] in papers]
+    for picture, papers in (("curves", language.PAPERS), ("adapters", adapters.PAPERS)):
+        if drawn := of(papers):
+            draw(RESULTS / f"{picture}.png", drawn)
 
 
 if __name__ == "__main__":
