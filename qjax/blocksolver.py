@@ -27,6 +27,7 @@ from qjax.placement import NOWHERE, Placement
 from qjax.sitesolver import Problem, Result
 from qjax.solving import Solved, solved_as_one, weight_error
 from qjax.trace.blocks import Block
+from qjax.trace.compat import holds
 from qjax.trace.segments import CodingSite, evaluate
 from qjax.trace.stream import Lane, LeafKey, Stream
 
@@ -42,6 +43,8 @@ class Piece:
       leaves: the place of each of its leaves among those that are given.
       compared: which live-out values are compared.
       together: how many calibration batches make a step.
+      apart: whether they run one after the other: JAX has no rule for `ragged_dot`s of
+        several batches.
       block: what to run.
     """
 
@@ -49,6 +52,7 @@ class Piece:
     leaves: tuple[int, ...]
     compared: tuple[bool, ...]
     together: int
+    apart: bool
     block: Block = field(compare=False, repr=False)
 
     def __call__(self, leaves: Sequence[Any], constants: Any, ins: Any) -> list[Any]:
@@ -163,7 +167,8 @@ def _piece(
     shapes = [block.tape.avals[v].shape for v in block.tape.inputs]
     rows = next((shape[0] for shape in shapes if shape), 1)
     together = max(method.batch_size // max(rows, 1), 1)
-    return Piece(block.segment.key, numbers, compared, together, block)
+    apart = any(holds(op.eqn, "ragged_dot_general") for op in block.segment.ops)
+    return Piece(block.segment.key, numbers, compared, together, apart, block)
 
 
 def enter(plan: Plan, stream: Stream, masks: Sequence[Any]) -> tuple[list[Data], bool]:
@@ -259,7 +264,7 @@ def optimised(
     errors = [partial(_mean, plan, lanes, number) for number in range(len(lanes))]
     batches = [(p.together, data.batches) for p, data in zip(plan.pieces, lanes)]
     learned = descended(plan.methods, start, faked, errors, batches, key)
-    before = _whole(plan, faked(start, 0.0), lanes)
+    before = _whole(plan, faked(start, 1.0), lanes)
     after = _whole(plan, faked(learned, 1.0), lanes)
     found = _side_by_side(
         plan, ws, learned, lambda m, w, t: m.finish(w, t), lambda x, n: x.split(n)
@@ -326,7 +331,9 @@ def _mean(
     """
     piece, data = plan.pieces[lane], lanes[lane]
     rows = data.rows(chosen[lane])
-    sums = jax.vmap(partial(_sums, piece, leaves, data.constants))(*rows)
+    one = partial(_sums, piece, leaves, data.constants)
+    in_turn = partial(jax.lax.map, lambda row: one(*row))
+    sums = in_turn(rows) if piece.apart else jax.vmap(one)(*rows)
     count = sums["tokens" if plan.methods[0].summed else "count"]
     return sums["error"].sum() / jnp.maximum(count.sum(), 1)
 

@@ -51,6 +51,13 @@ def kind(eqn: Any) -> str:
     return name
 
 
+def holds(eqn: Any, name: str) -> bool:
+    """Whether an equation is of that primitive, or a body of it holds one."""
+    bodies = core.jaxprs_in_params(eqn.params)
+    inner = (each for jaxpr in bodies for each in body(jaxpr)[0].eqns)
+    return eqn.primitive.name == name or any(holds(each, name) for each in inner)
+
+
 def call_body(eqn: Any) -> tuple[Any, Sequence[Any]]:
     """The body of a jit, remat, custom-derivative or shard_map equation."""
     hi = eqn.params.get("_prim")

@@ -9,6 +9,7 @@ import pytest
 
 import qjax
 from qjax.observe import namer
+from qjax.quantize import quantize_with_report
 from qjax.trace.blocks import find_blocks, spans_of, whole_blocks
 from qjax.trace.segments import evaluate, live
 from qjax.trace.sites import sites
@@ -183,3 +184,30 @@ def test_blocks_that_take_turns_are_refused(kit):
         lane = kit.lanes(f, params, [(jnp.ones((2, 4)),)])[0]
         called = namer(sites(f, params, jnp.ones((2, 4))), lane.program)
         whole_blocks(lane.tape, spans_of(lane.tape, called, lambda block: True))
+
+
+INT3 = {"weights": qjax.Int(3, qjax.group(8)), "batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("mixtral", qjax.AutoRound(**INT3, iters=30)),
+        ("qwen3_moe", qjax.AutoRound(**INT3, iters=30)),
+        ("qwen3_moe", qjax.BRECQ(**INT3, iters=400)),
+        ("qwen3_moe", qjax.OmniQuant(**INT3, iters=30)),
+        ("qwen3_moe", qjax.EfficientQAT(**INT3, iters=30)),
+        ("qwen3_moe", qjax.ZeroQuantLKD(**INT3, iters=30, lr=1e-4)),
+    ],
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+)
+def test_blocks_of_experts_are_learned(name, method, kit):
+    """Two batches a step, whose groups of rows JAX cannot run side by side."""
+    f, params = kit.model(name, layers=2, scan_layers=name == "mixtral")
+    batches = [(kit.tokens(2, 8, seed=i),) for i in range(4)]
+    _, report = quantize_with_report(
+        f, params, method, batches, key=jax.random.key(0), progress=False
+    )
+    experts = [row for row in report.sites if "experts" in row.name]
+    assert len(experts) == 6 and {row.measured for row in experts} == {"block"}
+    assert all(row.error < row.error_before for row in experts)
