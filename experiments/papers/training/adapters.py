@@ -226,14 +226,13 @@ def loftq(texts: Texts) -> Found:
 
 
 def qera(texts: Texts) -> Found:
-    """Starts that weigh the error by activations beside LoftQ's, before training."""
+    """Starts that weigh the error by activations beside LoftQ's; 3 bits untrained."""
     starts = {"LoftQ": qjax.LoftQ, "LQER": qjax.LQER, "QERA": qjax.QERA}
-    settings = {
-        f"{name} {bits} bits": split(start, bits)
-        for bits in (3, 2)
-        for name, start in starts.items()
-    }
-    return rows({}, texts.domain, settings)
+    low, untrained = (
+        {f"{name} {bits} bits": split(start, bits) for name, start in starts.items()}
+        for bits in (2, 3)
+    )
+    return rows(low, texts.domain, untrained)
 
 
 def pissa(texts: Texts) -> Found:

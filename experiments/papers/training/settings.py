@@ -148,6 +148,8 @@ PAPERS: dict[str, Paper] = {
                 for bits in (3, 2)
                 for other in ("LQER", "LoftQ")
             ),
+            *same_and_better_rate("QERA 2 bits", "LoftQ 2 bits"),
+            *same_and_better_rate("QERA 2 bits", "LQER 2 bits"),
         ),
     ),
     "pissa": Paper(
