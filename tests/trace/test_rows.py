@@ -173,7 +173,9 @@ def test_states_that_share_an_array_are_updated(kit):
     seen = accumulator.update(
         asked, op, accumulator.init(asked, op), x, None, rest, None
     )
-    assert float(finalized(asked, seen)["range"].high[0]) == float(x.max())
+    # 0.01 x + 0.99 x, three roundings of at most half a step each.
+    high = finalized(asked, seen)["range"].high[0]
+    np.testing.assert_allclose(high, x.max(), rtol=1.5 * 2**-23)
 
 
 @pytest.mark.parametrize("kind", ["dot", "ragged"])
