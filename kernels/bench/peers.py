@@ -6,8 +6,9 @@
 
 It appends what peers.jsonl lacks. Every form is compiled in a process of its own, which
 may take `SECONDS` of processor time. For a kernel, cycles of a call are its grid steps
-times the larger of its bundles and the cycles in which memory delivers what a step
-reads. Ours count all of their branches; a peer's count one way through them, and the
+times the largest of its bundles, the cycles in which memory delivers what a step reads
+and those of its products; what XLA does before the kernel, and what codes tokens, is
+added. Ours count all of their branches; a peer's count one way through them, and the
 blocks that are fastest of those tried. What quantizes tokens is counted in the first
 step of each block of them, where it is a branch of its own (`branches.py`). For XLA's
 own operations they are what XLA estimates, conversions of codes not included, and no
@@ -83,7 +84,7 @@ def apart(case: Any, at: int, name: str) -> tuple[dict[str, Any], str]:
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, limit),
     )
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+    if done.returncode == -signal.SIGXCPU:
         return {}, f"is not compiled in {SECONDS} s of processor time"
     if done.returncode:
         raise RuntimeError(f"{name} ended with {done.returncode}")
@@ -115,17 +116,21 @@ def cost(case: Any, form: Form, own: bool) -> dict[str, Any]:
         program = compiled(case.generation, form.function, *form.arguments)
     text, temporaries = program.as_text(), program.memory_analysis()
     cycles = schedule.estimated(text)
-    steps, bundles, later = 0, 0, 0
+    steps, step_bytes, bundles, later = 0, 0.0, 0, 0
     if form.kernel:
         assert isinstance(form.steps, tuple)
         steps, step_bytes = form.steps
         bundles, later = kernel_bundles(form.kernel, own)
-        memory = schedule.memory_cycles(case.generation, step_bytes)
-        cycles += form.firsts * max(bundles, memory)
-        cycles += (steps - form.firsts) * max(later, memory)
     schedule.clear()
     memory = schedule.memory_cycles(case.generation, form.least)
     products = schedule.product_cycles(case.generation, form.products, form.contract)
+    if steps:
+        # No step ends before its memory and its products; what comes before the
+        # kernel, and the coding of tokens in a first step, is not hidden behind them.
+        waits = schedule.memory_cycles(case.generation, step_bytes)
+        waits = max(waits, memory / steps, products / steps)
+        cycles += form.firsts * (max(later, waits) + bundles - later)
+        cycles += (steps - form.firsts) * max(later, waits)
     cycles = max(cycles, memory, products)  # XLA's estimate may be less
     return {
         "bundles": bundles or None,

@@ -95,8 +95,11 @@ def peers(case: Case) -> Iterator[tuple[str, Form]]:
             call = peer.tpu_inference_blockwise(*sizes, GROUP, block)
             yield "tpu-inference, blockwise", of_peer(case, call)
     if case.bits == 8:
-        call = peer.tpu_inference_channel(*sizes, (*blocks_tried(M)[1], 1))
-        yield "tpu-inference", of_peer(case, call)
+        # With all inputs in a step it codes tokens once.
+        whole = ((512, 512, K),) if M > 256 else ()
+        for block in (blocks_tried(M)[1], *whole):
+            call = peer.tpu_inference_channel(*sizes, (*block, 1))
+            yield "tpu-inference", of_peer(case, call)
     for block in blocks_tried(M)[: 1 if case.int8 else 2]:
         call = peer.tokamax(M, K, N, group, weights, tokens, block)
         yield "tokamax, one group", of_peer(case, call)
