@@ -11,9 +11,10 @@ import tyro
 
 from qjax.commands.inputs import Model, computing, open_model
 from qjax.commands.output import wide_console
-from qjax.commands.training import TrainingOptions, run_training
+from qjax.commands.training import TrainingOptions, check_same_job, run_training
 from qjax.core.formats import Codebook
 from qjax.core.qtensor import is_quantized
+from qjax.core.sweep import second_scale
 from qjax.io.export import export
 from qjax.methods.loftq import LoftQ
 from qjax.methods.lqer import LQER
@@ -66,13 +67,17 @@ class Finetune:
     def run(self) -> None:
         """Train and save."""
         self._check()
+        goes_on = check_same_job(self)
+        self.training.mesh()  # refused before anything is computed
         coded = self.scheme is not None
         needs_float = coded or self.start is not None
         model = open_model(self.model, in_float=needs_float)
         data, optimiser = self.training.rows(model), self.training.optimiser()
         params, start = self._frozen(model, data[0])
         exported = start is not None and coded
-        base = self._write_base(model, params) if exported else str(model.folder)
+        base = str(model.folder)
+        if exported:
+            base = self._write_base(model, params, goes_on)
         if self.training.precision is not None:
             params = computing(params, self.training.precision)
         f_lora, adapters = self._lora(model, params)
@@ -96,9 +101,12 @@ class Finetune:
             (params,),
         )
         raw = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+        trained = state.trained
+        if start is not None:  # whose places say how weights were stored
+            trained = replace(trained, places=start.places)
         save_peft(
             self.out,
-            state.trained,
+            trained,
             raw["model_type"],
             model.config,
             base,
@@ -108,13 +116,24 @@ class Finetune:
         wide_console().print(f"wrote {self.out}: {_share(params, adapters)}")
 
     def _check(self) -> None:
-        """Refuse what cannot end well before anything is computed."""
+        """Refuse, before anything is computed, what would fail after it."""
         if self.out.exists():
             raise FileExistsError(f"{self.out} exists; give the name of a new folder")
         if self.start in STARTS and self.scheme is None:
             raise ValueError(
                 f"--start {self.start} makes up for what coding loses: give --scheme, "
                 "such as NF4"
+            )
+        formats = None if self.scheme is None else scheme(self.scheme)
+        if self.start is not None and formats and second_scale(formats.weights):
+            raise ValueError(
+                f"--scheme {self.scheme} has a scale that linears with one input "
+                "share, and --start splits each by itself: give another scheme"
+            )
+        if self.start == "pissa" and formats and formats.activations is not None:
+            raise ValueError(
+                f"--scheme {self.scheme} codes inputs, which --start pissa does not: "
+                "give a scheme of weights alone, such as NF4"
             )
         if self.start is not None and self.dora:
             raise ValueError(
@@ -149,7 +168,8 @@ class Finetune:
         else:
             split = STARTS[self.start](self.scheme)
         size = self.training.batch
-        seen = [(rows[i : i + size],) for i in range(0, min(len(rows), SEEN), size)]
+        rows = rows[:SEEN]
+        seen = [(rows[i : i + size],) for i in range(0, len(rows), size)]
         adapters, started = initialise_lora(
             model.f, params, self._lora(model, params)[1], split, seen
         )
@@ -163,15 +183,17 @@ class Finetune:
             is_leaf=is_quantized,
         ), adapters
 
-    def _write_base(self, model: Model, params: Any) -> str:
+    def _write_base(self, model: Model, params: Any, goes_on: bool) -> str:
         """The coded model, in the checkpoint format that has a place for its codes.
 
         A job that goes on finds the one that it wrote.
         """
         path = self.out.with_name(self.out.name + ".base")
-        began = self.training.folder(self.out).exists()
-        if path.exists() and not began:
-            raise FileExistsError(f"{path} exists; give another OUT")
+        if path.exists() and not goes_on:
+            raise FileExistsError(
+                f"{path} exists, of another job or one that made no checkpoint: remove "
+                "it, or give another OUT"
+            )
         if not path.exists():
             levels = isinstance(scheme(str(self.scheme)).weights, Codebook)
             kind = "bitsandbytes" if levels else "compressed-tensors"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,8 +22,12 @@ from qjax.train.offload import offloaded
 from qjax.train.sharded import batch_sharding, shardings, training_mesh
 from qjax.train.step import TrainState
 
-FREE = {"out", "run", "eval_every", "save_every", "offload", "data_parallel", "fsdp"}
+OPTIONS = "options.json"
+FREE = {"out", "overwrite", "run", "eval_every", "save_every"}
+FREE |= {"offload", "data_parallel", "fsdp"}
 """Options that a job may change when it goes on."""
+PATHS = {"model", "teacher", "text"}
+"""Options that may name a file or a folder."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,8 @@ def run_training(
     rows, held = data
     options = job.training
     mesh, key, folder = options.mesh(), options.key(), options.folder(job.out)
-    _check_same_job(job, folder)
+    if not check_same_job(job):
+        _write_options(job, folder)
     # The start is given away to the first step; parameters are still the model's.
     state = replace(state, trained=jax.tree.map(jnp.copy, state.trained))
     measure = jax.jit(held_out_loss)
@@ -250,23 +255,53 @@ def run_training(
     return state
 
 
-def _check_same_job(job: Any, folder: Path) -> None:
-    """Write a job's options down; those of one that goes on must be the same."""
-    options = asdict(job)
-    own = options.pop("training") | options
-    own = {name: str(own[name]) for name in sorted(own.keys() - FREE)}
-    file = folder / "options.json"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-        new.replace(file)
-        return
+def check_same_job(job: Job) -> bool:
+    """Whether a job goes on, with the options that it began with.
+
+    It goes on where its run's folder has a checkpoint. Options that the job began
+    without, as those of an older qjax, count as their defaults.
+
+    Raises:
+      ValueError: an option differs.
+    """
+    folder = job.training.folder(job.out)
+    file = folder / OPTIONS
+    if not file.is_file() or not any(folder.glob("step-*")):
+        return False
     known = json.loads(file.read_text(encoding="utf-8"))
-    other = [name for name in sorted(own | known) if own.get(name) != known.get(name)]
-    if other:
-        name = other[0]
-        raise ValueError(
-            f"--{name.replace('_', '-')} is {own.get(name)}, but the job in {folder} "
-            f"began with {known.get(name)}: give that, or another --run"
-        )
+    first = _defaults(job) | known
+    for name, value in _options(job).items():
+        began = first[name]
+        if value != began:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value}, but the job in {folder} "
+                f"began with {began}: give that, or another OUT"
+            )
+    return True
+
+
+def _write_options(job: Job, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    new = (folder / OPTIONS).with_suffix(".new")
+    new.write_text(json.dumps(_options(job), indent=2) + "\n", encoding="utf-8")
+    new.replace(folder / OPTIONS)
+
+
+def _options(job: Any) -> dict[str, str]:
+    """What decides the steps of a job, in words; a path by what it leads to."""
+    given = {each.name: getattr(job, each.name) for each in fields(job)}
+    training = given.pop("training")
+    given |= {each.name: getattr(training, each.name) for each in fields(training)}
+    return {name: _word(name, given[name]) for name in sorted(given.keys() - FREE)}
+
+
+def _defaults(job: Any) -> dict[str, str]:
+    every = (*fields(job), *fields(job.training))
+    stated = [each for each in every if each.default is not MISSING]
+    return {each.name: _word(each.name, each.default) for each in stated}
+
+
+def _word(name: str, value: Any) -> str:
+    if name in PATHS and value is not None and Path(value).exists():
+        return str(Path(value).resolve())
+    return str(value)

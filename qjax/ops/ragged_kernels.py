@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qjax.core.coded import Coded
 from qjax.core.qtensor import QTensor, SiteActs
@@ -22,6 +23,7 @@ from qjax.ops.kernels import (
 )
 from qjax.ops.packed import Packed
 from qjax.ops.targets import Target
+from qjax_kernels.compat import chip
 from qjax_kernels.int_matmul import blocks
 from qjax_kernels.ragged_matmul import pallas_tpu
 from qjax_kernels.ragged_matmul.reference import one_expert
@@ -42,7 +44,11 @@ def ragged_choice(
     why = unfit(q, site, x, target)
     if why and implementation == "pallas":
         raise ValueError(f'implementation is "pallas", but {why}')
-    return Choice("xla", refused=why) if why else Choice("pallas", target.generation)
+    if why:
+        return Choice("xla", refused=why)
+    coded = q.site(site).activation is not None
+    whole = chip(str(target.generation)).is_matmul_supported(jnp.int8, jnp.int8)
+    return Choice("pallas", target.generation, floats=coded and not whole)
 
 
 def unfit(q: QTensor, site: int, x: Any, target: Target) -> str:

@@ -12,6 +12,7 @@ import pytest
 from qjax.core.formats import Int, token
 from qjax.core.packing import pack
 from qjax_kernels.int_matmul import Blocks, IntWeight, reference
+from qjax_kernels.int_matmul.blocks import choose
 from qjax_kernels.int_matmul.pallas_tpu import int_matmul
 
 SUMS = Blocks(8, 128, 256)
@@ -230,3 +231,13 @@ def test_unknown_algebra_is_named():
         Blocks(8, 128, 128, decode="table")
     with pytest.raises(ValueError, match='scale_on must be "sums"'):
         Blocks(8, 128, 128, scale_on="weights", decode="offset")
+
+
+@pytest.mark.parametrize("M", [420, 500, 511, 700])
+def test_fewer_tokens_a_step_are_whole_blocks(M):
+    """Llama-3-70B's `down` leaves no room for all of them: a step takes 256."""
+    K, N = 28672, 8192
+    codes = jax.ShapeDtypeStruct((K // 8, N), jnp.uint32)
+    scale = jax.ShapeDtypeStruct((K // 128, N), jnp.bfloat16)
+    weight = IntWeight(codes, scale, None, 4, 128, K)
+    assert choose("v6e", M, weight, int8_tokens=True).m == 256

@@ -87,3 +87,8 @@ def test_explain_names_what_runs_the_experts():
     assert site.runs.endswith("; pallas v5e")
     (site,) = qjax.explain(f, q, x).weights
     assert site.runs.endswith("; xla, no pallas: there is no kernel for cpu")
+    q = {"experts": experts(Int(8), Activation(Int(8, token())))}
+    for generation, meet in (("v6e", "int32"), ("v7x", "bfloat16")):
+        target = Target("tpu", generation)
+        (site,) = qjax.explain(f, q, x, target=target).weights
+        assert site.runs.endswith(f" in {meet}; pallas {generation}")

@@ -132,7 +132,7 @@ def choose(
     row = next((r for r in rows if r["up_to_M"] is None or r["up_to_M"] >= M), rows[-1])
     blocks = Blocks(**row["blocks"]).fitted(M, weight, int8_tokens)
     while blocks.m > FEWEST and too_large(generation, blocks, weight, int8_tokens):
-        blocks = replace(blocks, m=blocks.m // 2)
+        blocks = replace(blocks, m=_up(blocks.m // 2, FEWEST))
     return blocks
 
 
