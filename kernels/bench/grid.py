@@ -7,10 +7,10 @@ python kernels/bench/grid.py v6e up 16           a shape's name, and tokens
 Tokens are rows; of attention they are sequences, with one token each. It appends to
 grid.jsonl and continues where it stopped.
 
-Time is estimated from schedules: steps of the grid times the larger of bundles and HBM
-cycles, at the derived clock. Products of a matrix stand beside XLA's: a bound from
-below for the same weight in qjax's XLA form, bytes that must move or products at the
-peak rate, whichever is longer. `beside.py` has XLA's form of the other operations.
+Time is estimated from schedules: steps of the grid times the largest of bundles, HBM
+and MXU cycles, at the derived clock. Products of a matrix stand beside XLA's: a bound
+from below for the same weight in qjax's XLA form, bytes that must move or products at
+the peak rate, whichever is longer. `beside.py` has XLA's form of the other operations.
 """
 
 import importlib
@@ -34,6 +34,7 @@ from qjax.results import Record, append, read
 from qjax_kernels.compat import chip
 
 OUT = HERE / "grid.jsonl"
+LIMITS = ("bundles", "hbm_cycles", "mxu_cycles")
 
 
 def cases(words: list[str]) -> Iterator[tuple[str, Any]]:
@@ -94,7 +95,7 @@ def measure(label: str, case: Any) -> Record:
     """One record."""
     program = case.program()
     found = program.measure()
-    cycles = program.steps * max(found["bundles"], found["hbm_cycles"])
+    cycles = program.steps * max(found[name] for name in LIMITS)
     matrix = hasattr(case, "stored")
     least = xla_microseconds(case, program.contract) if matrix else None
     metrics = {

@@ -6,7 +6,9 @@ in Pallas' strictest simulation; on a machine with a TPU or a GPU
 """
 
 import importlib
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qjax_kernels.compat import KINDS, interpret_params, races_found
 
+BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 SIMULATED = "v5e"  # differs most from a CPU: no bfloat16 arithmetic
 
 
@@ -60,3 +63,18 @@ def backend(request):
     yield request.param
     if "interpret" in request.param.options:
         assert not races_found()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a program of `kernels/bench` by name, and forgets it after the test."""
+    for name in ("LIBTPU_INIT_ARGS", "MOSAIC_GPU_DUMP_TO"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    monkeypatch.syspath_prepend(BENCH)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", "") or "").startswith(str(BENCH)):
+            del sys.modules[name]

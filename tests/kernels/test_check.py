@@ -1,14 +1,10 @@
 """What `kernels/bench/check.py` says of compilers that are not here."""
 
 import importlib
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 
 
 @dataclass(frozen=True)
@@ -23,22 +19,13 @@ GPU = Program("h200 one", "gpu", ("nvidia-cuda-nvcc",))
 
 
 @pytest.fixture
-def check(monkeypatch):
+def check(script, monkeypatch):
     """The script, with two programs of which `here` says what compiles."""
-    for name in ("LIBTPU_INIT_ARGS", "MOSAIC_GPU_DUMP_TO"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    monkeypatch.syspath_prepend(BENCH)
-    before = set(sys.modules)
-    module = importlib.import_module("check")
+    module = script("check")
     monkeypatch.setattr(module, "gates", lambda: {"both": (TPU, GPU)})
     monkeypatch.setattr(module, "checked", lambda *_: "")
     monkeypatch.setattr(module, "sys", SimpleNamespace(version_info=(3, 11)))
-    yield module
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", "").startswith(str(BENCH)):
-            del sys.modules[name]
+    return module
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 """`kernels/bench/grid.py`: it continues, and one program does not end the others."""
 
-import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,24 +8,13 @@ import pytest
 from qjax import results
 from qjax.results import Record
 
-BENCH = Path(__file__).parents[2] / "kernels" / "bench"
-
 
 @pytest.fixture
-def grid(monkeypatch, tmp_path):
+def grid(script, monkeypatch, tmp_path):
     """The script, writing to a file of its own."""
-    for name in ("LIBTPU_INIT_ARGS", "MOSAIC_GPU_DUMP_TO"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    monkeypatch.syspath_prepend(BENCH)
-    before = set(sys.modules)
-    module = importlib.import_module("grid")
+    module = script("grid")
     monkeypatch.setattr(module, "OUT", tmp_path / "grid.jsonl")
-    yield module
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", "") or "").startswith(str(BENCH)):
-            del sys.modules[name]
+    return module
 
 
 def test_words_choose_programs_and_small_ones_come_first(grid, monkeypatch):
